@@ -1,0 +1,13 @@
+"""The choices a serving system makes. They decide; they hold no clock and start no event."""
+
+from moesim.policies.eviction import BELADY, FIFO, HOT, LFU, LRU, PLAN, RANDOM, Eviction
+from moesim.policies.misses import Misses, cheaper, reroute
+from moesim.policies.placement import Placement
+from moesim.policies.prefetch import Prefetch, Refresh
+from moesim.policies.scheduling import FCFS, Candidate, GreedySLO, Scheduling
+from moesim.policies.transfer import Transfer
+
+__all__ = [
+    "BELADY", "FCFS", "FIFO", "HOT", "LFU", "LRU", "PLAN", "RANDOM",
+    "Candidate", "Eviction", "GreedySLO", "Misses", "Placement", "Prefetch", "Refresh", "Scheduling", "Transfer",
+]  # fmt: skip

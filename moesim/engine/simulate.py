@@ -1,0 +1,229 @@
+"""One run: a workload served by a system on a machine. The only place where the parts meet a clock."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from moesim.engine.events import NEVER, Batch, Counts, Device, Knowledge, Slots
+from moesim.engine.host_tier import HostTier
+from moesim.engine.serve import Limits, Server
+from moesim.policies import FCFS, GreedySLO
+from moesim.prediction import Beliefs, History
+from moesim.records import Records
+from moesim.systems.system import System
+from moesim.trace import Trace
+from moesim.workload import Request, Workload
+
+if TYPE_CHECKING:
+    from moesim.costs.table import CostTable
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same when systems are compared.
+
+    expert_bytes: device memory for experts. shared_bytes > 0: that memory and the KV cache's are one, of this size.
+    host_bytes: host memory for experts; 0 where all of them fit.
+    """
+
+    trace: Trace
+    table: CostTable
+    workload: Workload
+    limits: Limits
+    expert_bytes: int
+    shared_bytes: int
+    host_bytes: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A finished run, before anyone makes numbers of it."""
+
+    records: Records
+    counts: Counts
+    elapsed_ns: int
+    idle_ns: int
+    busy_ns: dict[str, int]
+    link_bytes: dict[str, int]
+    peak_resident_bytes: int
+
+
+def simulate(
+    setting: Setting,
+    system: System,
+    detail: bool = False,
+    beliefs: Beliefs | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Outcome:
+    """Serve the workload to its end. The same arguments give the same outcome, bit for bit."""
+    env = simpy.Environment(initial_time=0)
+    records = Records(detail)
+    trace, table, limits = setting.trace, setting.table, setting.limits
+    popularity = calibration_popularity(trace)
+    if beliefs is None:
+        beliefs = system.predictor.predict(trace, setting.seed)
+    next_use = next_uses(setting) if system.eviction.looks_ahead else None
+    expert_bytes = [table.expert_bytes(layer) for layer in range(trace.layers)]
+    total = sum(expert_bytes) * trace.info.experts if system.all_resident else setting.expert_bytes
+    slots = Slots(split_by_layer(total if system.cache else 0, expert_bytes), scratch=max(2, trace.top_k))
+    tier = None
+    if setting.host_bytes:
+        tier = HostTier(setting.host_bytes, trace.layers, trace.info.experts, expert_bytes)
+    knowledge = Knowledge(popularity, beliefs, next_use)
+    device = Device(env, trace, table, system, slots, knowledge, records, tier, setting.seed)
+    _place(device, system, popularity, trace)
+    peak = device.resident_bytes
+
+    def on_kv(kv_bytes: int) -> None:
+        nonlocal peak
+        peak = max(peak, device.resident_bytes)
+        if setting.shared_bytes and system.cache and not system.all_resident:
+            device.resize(split_by_layer(setting.shared_bytes - kv_bytes, expert_bytes))
+
+    planner = _Planner(env, setting, system, device)
+    scheduling = system.scheduling
+    if isinstance(scheduling, GreedySLO):
+        scheduling = replace(scheduling, token_ns=sum(table.layers_ns([], [1])) + table.step_ns(1, 1))
+    server = Server(
+        env, device, table, setting.workload, scheduling, limits, records, planner.admitted, on_kv, on_tokens
+    )
+    with _no_garbage_collection():
+        done = env.process(server.run())
+        env.run(done)
+    spent = device.counts.spent
+    busy = {"gpu": spent["mixer"] + spent["experts"] + spent["step"]}
+    links = {"h2d": device.h2d, "d2h": device.d2h, "nvme": device.nvme, "host": device.host}
+    return Outcome(
+        records=records,
+        counts=device.counts,
+        elapsed_ns=int(env.now),
+        idle_ns=server.idle_ns,
+        busy_ns=busy | {name: link.busy_ns for name, link in links.items()},
+        link_bytes={name: link.nbytes for name, link in links.items()},
+        peak_resident_bytes=max(peak, device.resident_bytes),
+    )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Events and entries die by reference count; the collector would only walk them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def split_by_layer(total: int, expert_bytes: list[int]) -> tuple[int, ...]:
+    """Device memory of each layer: whole slots dealt out one by one, so that earlier layers hold at most one more."""
+    layers = len(expert_bytes)
+    rounds = max(total, 0) // sum(expert_bytes)
+    left = max(total, 0) - rounds * sum(expert_bytes)
+    sizes = [rounds * size for size in expert_bytes]
+    for layer in range(layers):
+        if left >= expert_bytes[layer]:
+            sizes[layer] += expert_bytes[layer]
+            left -= expert_bytes[layer]
+    return tuple(sizes)
+
+
+def calibration_popularity(trace: Trace) -> NDArray[np.float64]:
+    """Share of each expert in the choices of the first tenth of the requests (at least one): [layers, experts]."""
+    count = max(1, len(trace.requests) // 10)
+    counts = trace.popularity(slice(0, int(trace.first_row[count]))).astype(np.float64)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _place(device: Device, system: System, popularity: NDArray[np.float64], trace: Trace) -> None:
+    """Fill the cache before time begins, most popular first, layer by layer in turn."""
+    if system.placement.start == "empty":
+        return
+    order = np.argsort(-popularity, axis=1, kind="stable")
+    for rank in range(trace.info.experts):
+        for layer in range(trace.layers):
+            device.place(layer, int(order[layer, rank]), system.placement.pinned)
+
+
+class _Planner:
+    """Calls for a new plan every `period` requests and hands it to the device once it is computed."""
+
+    def __init__(self, env: simpy.Environment, setting: Setting, system: System, device: Device) -> None:
+        self._env, self._setting, self._refresh, self._device = env, setting, system.refresh, device
+        self._history = History(setting.trace)
+        self._admitted = 0
+
+    def admitted(self, request: Request, running: list[Request]) -> None:
+        refresh = self._refresh
+        if refresh is None:
+            return
+        if self._admitted and self._admitted % refresh.period == 0:
+            self._plan(running)
+        self._admitted += 1
+        rows = request.prefill if len(request.prefill) else request.decode
+        self._history.observe(request.task, rows)
+
+    def _plan(self, running: list[Request]) -> None:
+        refresh, table = self._refresh, self._setting.table
+        assert refresh is not None
+        tasks: dict[str, float] = {}
+        for r in running:
+            if r.task not in refresh.insensitive:
+                tasks[r.task] = tasks.get(r.task, 0.0) + r.prompt_tokens + refresh.expected_output
+        values = self._history.plan(list(tasks.items()))
+        if values is None or not values.any():
+            return
+        calls = self._setting.trace.layers if refresh.per_layer else 1
+        prompt = max(running[-1].prompt_tokens, 1)
+        delay = calls * table.network_ns(refresh.predictor_params, prompt)
+        self._env.timeout(delay).callbacks.append(lambda _: self._device.plan(values))
+
+
+class _DryRun:
+    """A device that only notes which step each row was served in; a step takes as long as its GPU work at least."""
+
+    def __init__(self, env: simpy.Environment, rows: int) -> None:
+        self._env = env
+        self.step_of_row = np.full(rows, NEVER, dtype=np.int64)
+        self.steps = 0
+
+    def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
+        self.step_of_row[batch.rows] = self.steps
+        self.steps += 1
+        yield self._env.timeout(batch.step_ns + sum(batch.layers_ns))
+
+
+def next_uses(setting: Setting) -> NDArray[np.int32]:
+    """Position (step x layers + layer) of the next use of every routed expert: [tokens, layers, k].
+
+    The order of service comes from a dry run without experts: exact while admission does not depend on time (all
+    requests at hand, first come first served), close to it otherwise.
+    """
+    trace = setting.trace
+    env = simpy.Environment()
+    dry = _DryRun(env, trace.tokens)
+    server = Server(env, dry, setting.table, setting.workload, FCFS(), setting.limits, Records(False))
+    env.run(env.process(server.run()))
+    out = np.full(trace.experts.shape, NEVER, dtype=np.int32)
+    served = np.flatnonzero(dry.step_of_row < NEVER)
+    steps = np.repeat(dry.step_of_row[served], trace.top_k)
+    width = dry.steps + 1
+    for layer in range(trace.layers):
+        experts = trace.experts[served, layer].ravel().astype(np.int64)
+        key = experts * width + steps
+        unique = np.unique(key)
+        following = np.append(unique[1:], -1)
+        same = following // width == unique // width
+        after = np.where(same, following % width * trace.layers + layer, NEVER)
+        out[served, layer] = after[np.searchsorted(unique, key)].reshape(-1, trace.top_k)
+    return out

@@ -1,0 +1,115 @@
+"""Numbers users see, computed from records. Names follow vLLM's benchmark; times in ms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.engine.events import Counts
+from moesim.records import Records
+
+PERCENTILES = (50, 90, 95, 99)
+
+
+def latency_metrics(records: Records) -> dict[str, Any]:
+    """TTFT, TPOT (without the first token), ITL (per gap) and E2EL over completed requests."""
+    r = records.requests
+    arrival, first, last = r.column("arrival"), r.column("first_token"), r.column("finished")
+    outputs = r.column("output_tokens")
+    many = outputs > 1
+    tpot = (last - first)[many] / (outputs[many] - 1)
+    gaps = np.frombuffer(records.gaps, dtype=np.int64) if records.gaps else np.empty(0)
+    out: dict[str, Any] = {}
+    for name, values in (("ttft", first - arrival), ("tpot", tpot), ("itl", gaps), ("e2el", last - arrival)):
+        out |= _spread(name, np.asarray(values) / 1e6)
+    return out
+
+
+def _spread(name: str, ms: NDArray[np.float64]) -> dict[str, Any]:
+    if not len(ms):
+        return dict.fromkeys([f"mean_{name}_ms", f"std_{name}_ms", *(f"p{p}_{name}_ms" for p in PERCENTILES)])
+    spread = {f"mean_{name}_ms": float(ms.mean()), f"median_{name}_ms": float(np.median(ms))}
+    spread |= {f"std_{name}_ms": float(ms.std())}
+    return spread | {f"p{p}_{name}_ms": float(np.percentile(ms, p)) for p in PERCENTILES}
+
+
+def throughput_metrics(records: Records) -> dict[str, Any]:
+    """Completed work over the time from the first arrival to the last token."""
+    r = records.requests
+    start, end = int(r.column("arrival").min()), int(r.column("finished").max())
+    seconds = max(end - start, 1) / 1e9
+    steps = records.steps
+    inputs, outputs = int(steps.column("prefill_tokens").sum()), int(r.column("output_tokens").sum())
+    return {
+        "completed": len(r),
+        "duration_s": seconds,
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(r) / seconds,
+        "output_throughput": outputs / seconds,
+        "total_token_throughput": (inputs + outputs) / seconds,
+    }
+
+
+def cache_metrics(counts: Counts, h2d_bytes: int, d2h_bytes: int, nvme_bytes: int, tokens: int) -> dict[str, Any]:
+    """Lookups are the unique experts of each layer and step. Stall is time the GPU waits for experts."""
+    looked = max(counts.lookups, 1)
+    stall = sum(counts.spent[k] for k in ("pcie", "nvme", "host"))
+    prefetched = counts.prefetched_bytes
+    return {
+        "lookups": counts.lookups,
+        "hits": counts.hits,
+        "lates": counts.lates,
+        "misses": counts.misses,
+        "hit_rate": counts.hits / looked,
+        "late_rate": counts.lates / looked,
+        "miss_rate": counts.misses / looked,
+        "evictions": counts.evictions,
+        "host_experts": counts.hosted,
+        "h2d_bytes": h2d_bytes,
+        "d2h_bytes": d2h_bytes,
+        "nvme_bytes": nvme_bytes,
+        "prefetch_bytes": prefetched,
+        "prefetch_useful_bytes": counts.prefetch_used_bytes,
+        "prefetch_wasted_bytes": prefetched - counts.prefetch_used_bytes,
+        "prefetch_precision": counts.prefetch_used_bytes / prefetched if prefetched else None,
+        "h2d_bytes_per_token": h2d_bytes / max(tokens, 1),
+        "stall_ms_per_token": stall / 1e6 / max(tokens, 1),
+    }
+
+
+def routing_fidelity(counts: Counts) -> dict[str, float]:
+    """Shares of routed weight: served as routed, sent to another expert, left out. Not a measure of quality."""
+    total = counts.routed
+    if not total:
+        return {"exact": 1.0, "rerouted": 0.0, "skipped": 0.0}
+    rerouted, skipped = counts.rerouted / total, counts.skipped / total
+    return {"exact": 1 - rerouted - skipped, "rerouted": rerouted, "skipped": skipped}
+
+
+CAUSES = {
+    "mixer": "GPU: attention, router and dense parts",
+    "experts": "GPU: routed experts",
+    "step": "GPU: embedding, head and sampling",
+    "pcie": "waiting for PCIe copies",
+    "nvme": "waiting for NVMe reads",
+    "host": "waiting for CPU experts",
+    "idle": "no request to serve",
+}
+
+
+def bottleneck(counts: Counts, idle_ns: int, busy_ns: dict[str, int], elapsed_ns: int) -> dict[str, Any]:
+    """Shares of the critical path, which one is largest, and how busy each resource was."""
+    spent = {cause: counts.spent[cause] for cause in CAUSES} | {"idle": idle_ns}
+    serving = max(sum(spent.values()) - idle_ns, 1)
+    shares = {cause: ns / serving for cause, ns in spent.items() if cause != "idle"}
+    limit = max(shares, key=lambda cause: shares[cause])
+    return {
+        "limited_by": limit,
+        "explanation": CAUSES[limit],
+        "critical_path": shares,
+        "idle_share": idle_ns / max(elapsed_ns, 1),
+        "utilisation": {name: ns / max(elapsed_ns, 1) for name, ns in busy_ns.items()},
+    }

@@ -1,0 +1,53 @@
+"""Which expert leaves when a slot is needed: the one with the lowest score, never one in use or on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.errors import PolicyError, nearest
+
+# Every feature is a number per resident expert; larger means more worth keeping.
+FEATURES = {
+    "lru": "logical time of the last use (one tick per expert looked up, in rank order)",
+    "lfu": "uses since it was brought in",
+    "count": "uses since the replay began, kept across evictions",
+    "fifo": "order in which it was brought in",
+    "hot": "share of the calibration requests' choices in its layer",
+    "belady": "next use, sooner is larger; looks ahead",
+    "plan": "value the last plan gave it (Refresh); 0 where no plan names it",
+    "random": "a seeded hash, drawn anew for every eviction",
+}
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Score = sum of weight x feature; ties go to the least recently used, then to the lower (layer, expert).
+
+    `scope` says what competes for a slot: the experts of one layer, or all of them.
+    """
+
+    score: tuple[tuple[str, float], ...] = (("lru", 1.0),)
+    scope: str = "layer"
+
+    def __post_init__(self) -> None:
+        if not self.score:
+            raise PolicyError("eviction.score is empty; name at least one feature, such as lru")
+        for feature, _ in self.score:
+            if feature not in FEATURES:
+                raise PolicyError(f"eviction.score: unknown feature '{feature}'{nearest(feature, FEATURES)}")
+        if self.scope not in SCOPES:
+            raise PolicyError(f"eviction.scope '{self.scope}' must be one of {', '.join(SCOPES)}")
+
+    @property
+    def looks_ahead(self) -> bool:
+        return any(feature == "belady" for feature, _ in self.score)
+
+
+LRU = Eviction((("lru", 1.0),))
+LFU = Eviction((("lfu", 1.0),))
+FIFO = Eviction((("fifo", 1.0),))
+HOT = Eviction((("hot", 1.0),))
+BELADY = Eviction((("belady", 1.0),))
+RANDOM = Eviction((("random", 1.0),))
+PLAN = Eviction((("plan", 1.0),))

@@ -1,0 +1,39 @@
+"""How much of a prediction is turned into copies before the router has spoken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moesim.errors import PolicyError
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """At most `per_layer` copies are queued for one layer of one step; None means all that are predicted."""
+
+    per_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.per_layer is not None and self.per_layer < 1:
+            raise PolicyError(f"prefetch.per_layer {self.per_layer} must be at least 1; leave prediction out for none")
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Plan the whole cache anew every `period` requests, from the routing of earlier ones (eMoE, section 4).
+
+    insensitive: tasks whose routing may be ignored (weight 0 in Eq. 2).
+    expected_output: tokens a request of an unknown length is expected to generate (W_o of Eq. 2).
+    predictor_params: size of the predictor network; its forward pass is what a plan costs.
+    per_layer: the network is called once per layer instead of once for all of them.
+    """
+
+    period: int = 40
+    insensitive: tuple[str, ...] = ()
+    expected_output: int = 128
+    predictor_params: float = 0.108e9
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise PolicyError(f"refresh.period {self.period} must be at least 1 request")

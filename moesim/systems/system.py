@@ -1,0 +1,94 @@
+"""System: one way of serving, as a composition of orthogonal choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from moesim.errors import PolicyError, nearest
+from moesim.policies import FCFS, LRU, Eviction, Misses, Placement, Prefetch, Refresh, Scheduling, Transfer
+from moesim.prediction import NoPrediction, Predictor
+
+
+@dataclass(frozen=True)
+class System:
+    """`cache=False`: nothing stays after its layer. `all_resident`: every expert lives on the device."""
+
+    name: str
+    eviction: Eviction = LRU
+    misses: Misses = field(default_factory=Misses)
+    predictor: Predictor = field(default_factory=NoPrediction)
+    prefetch: Prefetch = field(default_factory=Prefetch)
+    placement: Placement = field(default_factory=Placement)
+    transfer: Transfer = field(default_factory=Transfer)
+    scheduling: Scheduling = field(default_factory=FCFS)
+    refresh: Refresh | None = None
+    cache: bool = True
+    all_resident: bool = False
+    expert_bits: float | None = None  # None = as the model comes
+    source: str = ""
+    notes: tuple[str, ...] = ()  # what a reader of the result must know
+
+    def __post_init__(self) -> None:
+        if self.placement.pinned and self.placement.start == "empty":
+            raise PolicyError("placement.pinned needs experts to pin; set placement.start to hot or all")
+        if self.misses.rule == "fetch" and not self.cache and self.misses.keep:
+            raise PolicyError("a system without a cache cannot keep what it fetches; set misses.keep to false")
+        if self.transfer.write_back and not self.misses.keep:
+            raise PolicyError("transfer.write_back needs a cache that evicts; misses.keep is false")
+
+    def parts(self) -> dict[str, Any]:
+        """The composition, part by part, as plain values for results and `systems show`."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("notes", "source")}
+
+
+def plain(value: Any) -> Any:
+    """A choice as nested plain values; choices name their class so that a result can be read without the code."""
+    if hasattr(value, "__dataclass_fields__"):
+        body = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return {"kind": type(value).__name__, **body} if body else type(value).__name__
+    if isinstance(value, tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def with_setting(system: System, setting: str) -> System:
+    """`part.field=value` applied to a composition, such as `eviction.scope=global` or `misses.rule=host`."""
+    path, _, text = setting.partition("=")
+    part, _, name = path.partition(".")
+    known = [f.name for f in fields(system) if f.name not in ("name", "source", "notes")]
+    if not text or part not in known:
+        raise PolicyError(f"--set {setting}: write part.field=value with a part of{nearest(part, known)[1:]}")
+    if not name:
+        return replace(system, **{part: parse_value(getattr(system, part), text, setting)})
+    choice = getattr(system, part)
+    if not hasattr(choice, "__dataclass_fields__"):
+        raise PolicyError(f"--set {setting}: {system.name} has no {part} to change")
+    inner = [f.name for f in fields(choice)]
+    if name not in inner:
+        raise PolicyError(f"--set {setting}: {part} has no '{name}'{nearest(name, inner)}")
+    value = parse_value(getattr(choice, name), text, setting)
+    return replace(system, **{part: replace(choice, **{name: value})})
+
+
+def parse_value(old: Any, text: str, setting: str) -> Any:
+    """`text` read as the kind of value it replaces; scores are written `lru:0.5,lfu:0.5`."""
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        if isinstance(old, int):
+            return int(text)
+        if isinstance(old, float):
+            return float(text)
+        if isinstance(old, tuple) and old and isinstance(old[0], tuple):
+            pairs = [item.partition(":") for item in text.split(",")]
+            return tuple((feature, float(weight or 1)) for feature, _, weight in pairs)
+        if isinstance(old, tuple):
+            return tuple(item for item in text.split(",") if item)
+        if old is None:
+            return None if text.lower() == "none" else float(text) if "." in text else int(text)
+        if isinstance(old, str):
+            return text
+    except (ValueError, KeyError):
+        pass
+    raise PolicyError(f"--set {setting}: '{text}' does not fit, the present value is {old!r}")

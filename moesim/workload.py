@@ -1,0 +1,187 @@
+"""Workload: which requests arrive when, and which rows of a trace say how their tokens are routed."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import WorkloadError
+from moesim.trace import Trace
+
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request. `prefill` and `decode` are rows of the trace; a decode-only trace has no prefill rows."""
+
+    request_id: str
+    task: str
+    arrival_ns: int
+    prompt_tokens: int
+    prefill: NDArray[np.int64]
+    decode: NDArray[np.int64]
+    slo_ns: int = 0
+
+    @property
+    def output_tokens(self) -> int:
+        """The prompt's last token yields the first output, every decode row one more."""
+        return len(self.decode) + (1 if len(self.prefill) else 0)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests by arrival. `routing` says whether their routing is the trace's own or drawn from it."""
+
+    requests: tuple[Request, ...]
+    arrivals: str
+    routing: str = "as recorded"
+
+
+def from_trace(trace: Trace) -> Workload:
+    """The trace's own requests, at its own arrival times; all at once where it has none."""
+    order = np.arange(len(trace.requests))
+    arrivals = trace.requests.arrival_ns
+    if arrivals is not None:
+        order = np.argsort(arrivals, kind="stable")
+    requests = []
+    for i in order.tolist():
+        start, split, end = int(trace.first_row[i]), int(trace.decode_start[i]), int(trace.first_row[i + 1])
+        requests.append(
+            Request(
+                request_id=trace.requests.request_id[i],
+                task=trace.requests.task[i],
+                arrival_ns=int(arrivals[i]) if arrivals is not None else 0,
+                prompt_tokens=int(trace.requests.prompt_tokens[i]),
+                prefill=np.arange(start, split),
+                decode=np.arange(split, end),
+            )
+        )
+    return Workload(tuple(requests), "as recorded" if arrivals is not None else "all at time 0")
+
+
+def with_arrivals(workload: Workload, rate: float, burstiness: float, seed: int) -> Workload:
+    """Arrivals drawn anew: gamma gaps of mean 1/rate s and shape `burstiness` (1 = Poisson); inf = all at once.
+
+    The meaning of `--request-rate` and `--burstiness` is vLLM's.
+    """
+    if not rate > 0:
+        raise WorkloadError(f"request rate {rate} must be above 0 requests/s; use inf to send all at once")
+    if not burstiness > 0 or math.isinf(burstiness):
+        raise WorkloadError(f"burstiness {burstiness} must be a number above 0; 1 is Poisson")
+    if math.isinf(rate):
+        return replace(_at(workload, np.zeros(len(workload.requests))), arrivals="all at time 0")
+    rng = np.random.default_rng([seed, 0xA551])
+    gaps = rng.gamma(burstiness, 1 / (rate * burstiness), len(workload.requests))
+    return replace(_at(workload, np.cumsum(gaps)), arrivals=f"{rate:g} requests/s, burstiness {burstiness:g}")
+
+
+def _at(workload: Workload, seconds: NDArray[np.float64]) -> Workload:
+    moved = [replace(r, arrival_ns=int(s * 1e9)) for r, s in zip(workload.requests, seconds, strict=True)]
+    return replace(workload, requests=tuple(moved))
+
+
+def first(workload: Workload, count: int) -> Workload:
+    """Its first `count` requests."""
+    if count < 1:
+        raise WorkloadError(f"number of prompts {count} must be at least 1")
+    return replace(workload, requests=workload.requests[:count])
+
+
+def with_slo(workload: Workload, slo_ms: float) -> Workload:
+    """Promise every request the same time (ms); what an SLO-aware scheduler goes by."""
+    if not 0 < slo_ms < math.inf:
+        raise WorkloadError(f"SLO {slo_ms} ms must be a number above 0")
+    return replace(workload, requests=tuple(replace(r, slo_ns=int(slo_ms * 1e6)) for r in workload.requests))
+
+
+def read_workload(path: Path, trace: Trace, seed: int) -> Workload:
+    """Requests from a CSV with columns arrival_s, prompt_tokens, output_tokens and optionally request_id and task.
+
+    A row whose request_id is in the trace is routed as that request was; any other takes its routing from trace
+    requests of its task, drawn with `seed` and joined end to end, and the workload says so.
+    """
+    rows = _read_rows(path)
+    known = {name: i for i, name in enumerate(trace.requests.request_id)}
+    own = from_trace(trace).requests
+    by_row = {r.request_id: r for r in own}
+    rng = np.random.default_rng([seed, 0x10B])
+    requests, drawn = [], 0
+    for line, row in rows:
+        arrival = _number(path, line, row, "arrival_s", 0.0)
+        prompt, output = (int(_number(path, line, row, c, 1)) for c in ("prompt_tokens", "output_tokens"))
+        task = row.get("task") or ""
+        name = row.get("request_id") or f"{path.stem}-{line}"
+        if name in known:
+            prefill, decode = by_row[name].prefill[:prompt], by_row[name].decode[:output]
+        else:
+            drawn += 1
+            prefill, decode = _draw(path, line, own, task, prompt, output, rng)
+        requests.append(Request(name, task, int(arrival * 1e9), prompt, prefill, decode))
+    requests.sort(key=lambda r: r.arrival_ns)
+    routing = f"{drawn} of {len(requests)} requests drawn from the trace" if drawn else "as recorded"
+    return Workload(tuple(requests), f"from {path.name}", routing)
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    if not path.is_file():
+        raise WorkloadError(f"{path}: no such file; give a CSV with arrival_s, prompt_tokens, output_tokens")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise WorkloadError(f"{path}: larger than 1 GiB; split it")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = {"arrival_s", "prompt_tokens", "output_tokens"} - set(reader.fieldnames or ())
+            if missing:
+                raise WorkloadError(
+                    f"{path}: column '{min(missing)}' is missing; a workload needs arrival_s, prompt_tokens, "
+                    "output_tokens"
+                )
+            rows = list(enumerate(reader, start=2))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise WorkloadError(f"{path}: not a CSV text file ({error})") from None
+    if not rows:
+        raise WorkloadError(f"{path}: no requests; add at least one line below the header")
+    return rows
+
+
+def _number(path: Path, line: int, row: dict[str, str], column: str, least: float) -> float:
+    text = row.get(column) or ""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < 1e12:
+        raise WorkloadError(f"{path}, line {line}: {column} '{text}' must be a number of at least {least:g}")
+    return value
+
+
+def _draw(
+    path: Path, line: int, own: tuple[Request, ...], task: str, prompt: int, output: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    pool = [r for r in own if r.task == task] if task else list(own)
+    if not pool:
+        tasks = ", ".join(sorted({r.task for r in own if r.task})) or "none"
+        raise WorkloadError(f"{path}, line {line}: task '{task}' is not in the trace; it has: {tasks}")
+    has_prefill = any(len(r.prefill) for r in pool)
+    needed = output - 1 if has_prefill else output
+    prefill = _joined([r.prefill for r in pool], prompt if has_prefill else 0, rng)
+    return prefill, _joined([r.decode for r in pool], needed, rng)
+
+
+def _joined(pieces: list[NDArray[np.int64]], length: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """`length` rows: whole pieces drawn with replacement, the last one cut."""
+    pieces = [p for p in pieces if len(p)]
+    out: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+    have = 0
+    while have < length:
+        if not pieces:
+            raise WorkloadError("the trace has no decode rows to draw from; use a trace with generated tokens")
+        out.append(pieces[int(rng.integers(len(pieces)))])
+        have += len(out[-1])
+    return np.concatenate(out)[:length]
