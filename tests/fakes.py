@@ -67,6 +67,9 @@ class FakeTable:
     def copy_back_ns(self, nbytes: int) -> int:
         return self.copy_ns(nbytes)
 
+    def network_ns(self, params: float, tokens: int) -> int:
+        return 5
+
     def read_ns(self, nbytes: int) -> int:
         return self.read * nbytes // self.size
 

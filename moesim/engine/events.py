@@ -60,15 +60,16 @@ class Knowledge:
 
 @dataclass(eq=False)
 class Batch:
-    """One forward pass: its token rows in service order, and what each layer costs beside its routed experts.
+    """One forward pass: its token rows in service order.
 
     next_rows: the row each sequence will be at in the next step, for beliefs that reach across tokens.
+    prefill: (new tokens, tokens already cached) of each prompt chunk; contexts: tokens cached of each decoding sequence.
     """
 
     rows: NDArray[np.int64]
     next_rows: NDArray[np.int64]
-    step_ns: int
-    layers_ns: list[int]
+    prefill: list[tuple[int, int]]
+    contexts: list[int]
 
 
 @dataclass
@@ -370,10 +371,11 @@ class Device:
         if self._substituting:
             self.counts.routed += self._routed_weight(rows)
         start = env.now
-        if batch.step_ns:
-            yield Timeout(env, batch.step_ns)
-            spent["step"] += batch.step_ns
-        for layer, mixer_ns in enumerate(batch.layers_ns):
+        step_ns = self._table.step_ns(len(rows), len(batch.prefill) + len(batch.contexts))
+        if step_ns:
+            yield Timeout(env, step_ns)
+            spent["step"] += step_ns
+        for layer, mixer_ns in enumerate(self._table.layers_ns(batch.prefill, batch.contexts)):
             began = env.now
             if mixer_ns:
                 yield Timeout(env, mixer_ns)
@@ -384,7 +386,7 @@ class Device:
             yield from self._experts_of(layer, began, rows, chosen[layer], ahead[layer] if ahead else None,
                                         (believed, believed_next))  # fmt: skip
         if detail:
-            self._records.kernels.add((start, start + batch.step_ns, -1, STEP))
+            self._records.kernels.add((start, start + step_ns, -1, STEP))
         self._step += 1
 
     @staticmethod

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import simpy
-from numpy.typing import NDArray
 
 from moesim.engine.events import Batch
 from moesim.errors import MemoryBudgetError
@@ -18,7 +17,7 @@ from moesim.records import Records
 from moesim.workload import Request, Workload
 
 if TYPE_CHECKING:
-    from moesim.costs.table import CostTable
+    from moesim.model import Model
 
 
 class Stepper(Protocol):
@@ -76,7 +75,7 @@ class Server:
         self,
         env: simpy.Environment,
         device: Stepper,
-        table: CostTable,
+        model: Model,
         workload: Workload,
         scheduling: Scheduling,
         limits: Limits,
@@ -85,7 +84,7 @@ class Server:
         on_kv: Callable[[int], None] = lambda nbytes: None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self._env, self._device, self._table, self._limits, self._records = env, device, table, limits, records
+        self._env, self._device, self._model, self._limits, self._records = env, device, model, limits, records
         self._scheduling, self._on_admit, self._on_kv, self._on_tokens = scheduling, on_admit, on_kv, on_tokens
         self._arriving = deque(enumerate(workload.requests))
         self._index = {id(request): i for i, request in self._arriving}
@@ -97,7 +96,7 @@ class Server:
 
     def _kv(self, request: Request) -> int:
         """KV bytes of a request at its longest."""
-        return self._table.model.kv_bytes(request.prompt_tokens + len(request.decode))
+        return self._model.kv_bytes(request.prompt_tokens + len(request.decode))
 
     def _check_each_fits(self, workload: Workload) -> None:
         worst = max(workload.requests, key=self._kv)
@@ -153,8 +152,10 @@ class Server:
             s.decoded += 1
         for s, n in chunks:
             s.prefilled += n
-        batch = self._batch(rows, [*decoding, *(s for s, _ in chunks)], prefill, contexts)
-        kv = sum(self._table.model.kv_bytes(s.context) for s in self._running)
+        following = [r for s in (*decoding, *(s for s, _ in chunks)) if (r := s.next_row()) >= 0]
+        flat = np.concatenate(rows) if len(rows) > 1 else rows[0]
+        batch = Batch(flat, np.array(following, dtype=np.int64), prefill, contexts)
+        kv = sum(self._model.kv_bytes(s.context) for s in self._running)
         self._on_kv(kv)
         yield from self._device.step(batch)
         prompt_tokens = sum(n for _, n in chunks)
@@ -177,18 +178,6 @@ class Server:
             chunks.append((s, take))
             budget -= take
         return chunks
-
-    def _batch(
-        self,
-        rows: list[NDArray[np.int64]],
-        sequences: list[Sequence],
-        prefill: list[tuple[int, int]],
-        contexts: list[int],
-    ) -> Batch:
-        flat = np.concatenate(rows) if len(rows) > 1 else rows[0]
-        following = np.array([r for s in sequences if (r := s.next_row()) >= 0], dtype=np.int64)
-        step_ns = self._table.step_ns(len(flat), len(sequences))
-        return Batch(flat, following, step_ns, self._table.layers_ns(prefill, contexts))
 
     def _hand_out(self, sequences: list[Sequence]) -> None:
         """Every sequence that ran its last prompt token or a decode token has a new token."""

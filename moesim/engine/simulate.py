@@ -94,7 +94,7 @@ def simulate(
     if isinstance(scheduling, GreedySLO):
         scheduling = replace(scheduling, token_ns=sum(table.layers_ns([], [1])) + table.step_ns(1, 1))
     server = Server(
-        env, device, table, setting.workload, scheduling, limits, records, planner.admitted, on_kv, on_tokens
+        env, device, table.model, setting.workload, scheduling, limits, records, planner.admitted, on_kv, on_tokens
     )
     with _no_garbage_collection():
         done = env.process(server.run())
@@ -192,15 +192,16 @@ class _Planner:
 class _DryRun:
     """A device that only notes which step each row was served in; a step takes as long as its GPU work at least."""
 
-    def __init__(self, env: simpy.Environment, rows: int) -> None:
-        self._env = env
+    def __init__(self, env: simpy.Environment, table: CostTable, rows: int) -> None:
+        self._env, self._table = env, table
         self.step_of_row = np.full(rows, NEVER, dtype=np.int64)
         self.steps = 0
 
     def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
         self.step_of_row[batch.rows] = self.steps
         self.steps += 1
-        yield self._env.timeout(batch.step_ns + sum(batch.layers_ns))
+        step_ns = self._table.step_ns(len(batch.rows), len(batch.prefill) + len(batch.contexts))
+        yield self._env.timeout(step_ns + sum(self._table.layers_ns(batch.prefill, batch.contexts)))
 
 
 def next_uses(setting: Setting) -> NDArray[np.int32]:
@@ -211,8 +212,8 @@ def next_uses(setting: Setting) -> NDArray[np.int32]:
     """
     trace = setting.trace
     env = simpy.Environment()
-    dry = _DryRun(env, trace.tokens)
-    server = Server(env, dry, setting.table, setting.workload, FCFS(), setting.limits, Records(False))
+    dry = _DryRun(env, setting.table, trace.tokens)
+    server = Server(env, dry, setting.table.model, setting.workload, FCFS(), setting.limits, Records(False))
     env.run(env.process(server.run()))
     out = np.full(trace.experts.shape, NEVER, dtype=np.int32)
     served = np.flatnonzero(dry.step_of_row < NEVER)
@@ -227,3 +228,24 @@ def next_uses(setting: Setting) -> NDArray[np.int32]:
         after = np.where(same, following % width * trace.layers + layer, NEVER)
         out[served, layer] = after[np.searchsorted(unique, key)].reshape(-1, trace.top_k)
     return out
+
+
+class _Ideal:
+    """A device whose steps take what physics asks: all experts resident, nominal rates, nothing else."""
+
+    def __init__(self, env: simpy.Environment, setting: Setting) -> None:
+        self._env, self._trace, self._table = env, setting.trace, setting.table
+
+    def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
+        chosen = self._trace.experts[batch.rows]
+        active = [len(np.unique(layer[layer >= 0])) for layer in chosen.transpose(1, 0, 2)]
+        yield self._env.timeout(self._table.ceiling_step_ns(batch.prefill, batch.contexts, active))
+
+
+def ceiling(setting: Setting) -> Records:
+    """The same workload at the physical ceiling of the GPU."""
+    env, records = simpy.Environment(), Records(False)
+    limits = replace(setting.limits, kv_bytes=1 << 62)
+    server = Server(env, _Ideal(env, setting), setting.table.model, setting.workload, FCFS(), limits, records)
+    env.run(env.process(server.run()))
+    return records

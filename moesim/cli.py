@@ -1,0 +1,255 @@
+"""The command line. Results go to stdout, everything else to stderr; exit 0 ok, 1 failure, 2 usage, 3 infeasible."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesim import __version__
+from moesim.errors import MoesimError, WorkloadError
+
+app = typer.Typer(
+    name="moesim",
+    help="Simulate and plan Mixture-of-Experts inference under limited GPU memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+OK, FAILED, USAGE, INFEASIBLE = 0, 1, 2, 3
+
+TracePath = Annotated[Path, typer.Argument(help="Routing trace (.parquet); `moesim trace import` makes one.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model name, config.json or .gguf; default: what the trace says.")
+]
+MachineOption = Annotated[str, typer.Option("--machine", help="Machine name or YAML file.")]
+ExpertMemory = Annotated[
+    str | None, typer.Option("--expert-memory", help="GPU memory for routed experts, such as 8GiB; default: all left.")
+]
+SlotsPerLayer = Annotated[
+    int | None, typer.Option("--slots-per-layer", help="Expert slots per MoE layer, instead of --expert-memory.")
+]
+WorkloadOption = Annotated[
+    Path | None, typer.Option("--workload", help="CSV: arrival_s, prompt_tokens, output_tokens[, request_id, task].")
+]
+RequestRate = Annotated[
+    float | None, typer.Option("--request-rate", help="Requests/s, as vLLM's; inf sends all at once.")
+]
+Burstiness = Annotated[float, typer.Option("--burstiness", help="Shape of the gaps; 1 is Poisson.")]
+MaxConcurrency = Annotated[int, typer.Option("--max-concurrency", help="Requests in service at once.")]
+NumPrompts = Annotated[int | None, typer.Option("--num-prompts", help="Serve only the first N requests.")]
+SloOption = Annotated[float | None, typer.Option("--slo", help="Time promised to each request, ms (eMoE's scheduler).")]
+BatchTokens = Annotated[int, typer.Option("--max-batch-tokens", help="New tokens per step.")]
+ChunkOption = Annotated[int, typer.Option("--chunk", help="Prompt tokens per request and step; 0 = whole prompts.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change one choice, such as eviction.scope=global.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the results.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moesim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _question(
+    model: str | None, machine: str, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
+    request_rate: float | None, burstiness: float, max_concurrency: int, num_prompts: int | None, slo: float | None,
+    max_batch_tokens: int, chunk: int, seed: int,
+) -> Any:  # fmt: skip
+    """What replay and compare have in common, as one value."""
+    from moesim.replay import Question
+    from moesim.units import parse_size
+
+    if workload and request_rate is not None:
+        raise WorkloadError(f"--workload {workload} brings its own arrivals; leave out --request-rate {request_rate:g}")
+    return Question(
+        model=model,
+        machine=machine,
+        expert_memory=None if expert_memory is None else parse_size(expert_memory, "--expert-memory"),
+        slots_per_layer=slots_per_layer,
+        workload=workload,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        num_prompts=num_prompts,
+        slo_ms=slo,
+        max_batch_tokens=max_batch_tokens,
+        chunk=chunk,
+        seed=seed,
+    )
+
+
+@app.command()
+def replay(
+    trace: TracePath,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="System, such as eMoE or LRU(scope='global').")] = "LRU",
+    model: ModelOption = None,
+    machine: MachineOption = "rtx-4090",
+    expert_memory: ExpertMemory = None,
+    slots_per_layer: SlotsPerLayer = None,
+    workload: WorkloadOption = None,
+    request_rate: RequestRate = None,
+    burstiness: Burstiness = 1.0,
+    max_concurrency: MaxConcurrency = 1,
+    num_prompts: NumPrompts = None,
+    slo: SloOption = None,
+    max_batch_tokens: BatchTokens = 8192,
+    chunk: ChunkOption = 0,
+    settings: SetOption = None,
+    seed: SeedOption = 0,
+    anchors: Annotated[bool, typer.Option("--anchors/--no-anchors", help="Also run the four anchors.")] = True,
+    timeline: Annotated[Path | None, typer.Option("--timeline", help="Write a timeline for ui.perfetto.dev.")] = None,
+    as_json: JsonOption = False,
+    output: OutputOption = None,
+) -> None:
+    """Replay a routing trace under a policy: does it fit, how fast, what limits it."""
+    from moesim.replay import format_run, run
+    from moesim.timeline import write_timeline
+    from moesim.trace.io import read
+
+    question = _question(
+        model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
+        num_prompts, slo, max_batch_tokens, chunk, seed,
+    )  # fmt: skip
+    result = run(read(trace), policy, question, settings or [], anchors, detail=bool(timeline or output))
+    if timeline and result.records:
+        write_timeline(result.records, timeline)
+    if output:
+        result.save(output)
+    _print(result.summary, format_run(result), as_json)
+    if result.summary["status"] in ("OOM", "OVERLOADED"):
+        raise typer.Exit(INFEASIBLE)
+
+
+@app.command()
+def compare(
+    trace: TracePath,
+    policies: Annotated[str, typer.Option("--policies", help="Systems, separated by commas; the first is the base.")],
+    model: ModelOption = None,
+    machine: MachineOption = "rtx-4090",
+    expert_memory: ExpertMemory = None,
+    slots_per_layer: SlotsPerLayer = None,
+    workload: WorkloadOption = None,
+    request_rate: RequestRate = None,
+    burstiness: Burstiness = 1.0,
+    max_concurrency: MaxConcurrency = 1,
+    num_prompts: NumPrompts = None,
+    slo: SloOption = None,
+    max_batch_tokens: BatchTokens = 8192,
+    chunk: ChunkOption = 0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay one trace under several policies: paired differences, request by request."""
+    from moesim.compare import compare as compare_policies
+    from moesim.compare import format_comparison
+    from moesim.trace.io import read
+
+    question = _question(
+        model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
+        num_prompts, slo, max_batch_tokens, chunk, seed,
+    )  # fmt: skip
+    result = compare_policies(read(trace), _split(policies), question)
+    _print(result, format_comparison(result), as_json)
+
+
+def _split(policies: str) -> list[str]:
+    """At commas outside brackets, so that `eMoE(variant='E', period=1),LRU` is two."""
+    names, depth = [""], 0
+    for char in policies:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += char
+    return [name.strip() for name in names if name.strip()]
+
+
+systems = typer.Typer(help="Published systems and baselines.", no_args_is_help=False, invoke_without_command=True)
+
+
+@systems.callback()
+def systems_list(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the systems, with what each does and where it is published."""
+    if context.invoked_subcommand:
+        return
+    from moesim.systems import SYSTEMS
+
+    rows = []
+    for name, make in SYSTEMS.items():
+        system = make()
+        rows.append({"name": name, "what": (make.__doc__ or "").split("\n")[0], "source": system.source})
+    width = max(len(name) for name in SYSTEMS)
+    text = "\n".join(f"{r['name']:{width}}  {r['what']}" for r in rows)
+    _print({"systems": rows}, text, as_json)
+
+
+@systems.command("show")
+def systems_show(name: str, as_json: JsonOption = False) -> None:
+    """Print a system's composition, part by part."""
+    import yaml
+
+    from moesim.systems import load_system
+
+    system = load_system(name)
+    body = {"source": system.source, **system.parts(), "notes": list(system.notes)}
+    _print(body, yaml.safe_dump(body, sort_keys=False, allow_unicode=True), as_json)
+
+
+app.add_typer(systems, name="systems")
+
+
+def _print(result: Any, text: str, as_json: bool) -> None:
+    from moesim.output import emit
+
+    emit(result, text, as_json)
+
+
+def _mount() -> None:
+    """Sub-commands live beside what they are about."""
+    from moesim.machine_commands import app as machine_app
+    from moesim.model_commands import app as model_app
+    from moesim.trace.commands import app as trace_app
+
+    app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
+    app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")
+    app.add_typer(machine_app, name="machine", help="Machines of the catalogue, and what each rate is taken from.")
+
+
+_mount()
+
+
+def main() -> None:
+    """Entry point: one line per error, with the exit code it stands for."""
+    try:
+        sys.exit(app(standalone_mode=False) or OK)
+    except MoesimError as error:
+        _fail(str(error), USAGE)
+    except typer.TyperException as error:  # an unknown option or a value of the wrong kind
+        _fail(str(error), USAGE)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(FAILED)
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}", FAILED)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(code)

@@ -1,0 +1,438 @@
+"""One question answered: this model, on this machine, under this workload, served this way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moesim import __version__, metrics
+from moesim.costs.roofline import Roofline
+from moesim.costs.table import CostTable
+from moesim.engine.serve import Limits
+from moesim.engine.simulate import Outcome, Setting, ceiling, simulate
+from moesim.errors import MemoryBudgetError, WorkloadError
+from moesim.files import atomic, write_text
+from moesim.machine import Machine, load_machine
+from moesim.memory import Ledger, plan_memory
+from moesim.model import Model, load_model
+from moesim.output import progress, to_json
+from moesim.records import Records
+from moesim.systems import System, load_system, with_setting
+from moesim.trace import PREFILL, Trace
+from moesim.trace.io import check_matches
+from moesim.workload import Workload, first, from_trace, read_workload, with_arrivals, with_slo
+
+# Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
+SAMPLE_LOOKUPS = 120_000
+ANCHORS = {"all_resident": "all-resident", "no_cache": "on-demand", "lru": "LRU", "oracle": "oracle"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, apart from the trace and the policy; None means: work it out."""
+
+    model: str | None = None
+    machine: str = "rtx-4090"
+    expert_memory: int | None = None  # bytes
+    slots_per_layer: int | None = None
+    workload: Path | None = None
+    request_rate: float | None = None  # requests/s
+    burstiness: float = 1.0
+    max_concurrency: int = 1
+    num_prompts: int | None = None
+    slo_ms: float | None = None
+    max_batch_tokens: int = 8192
+    chunk: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_concurrency", 1), ("max_batch_tokens", 1), ("chunk", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise WorkloadError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A summary fit for JSON, and what it was computed from."""
+
+    summary: dict[str, Any]
+    records: Records
+    request_ids: tuple[str, ...]
+
+    def to_pandas(self, table: str = "requests") -> Any:
+        """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns."""
+        return getattr(self.records, table).to_arrow().to_pandas()
+
+    def save(self, directory: Path) -> None:
+        """summary.json and one Parquet file per table."""
+        import pyarrow.parquet as pq
+
+        write_text(directory / "summary.json", to_json(self.summary) + "\n")
+        for name in ("requests", "steps", "layers", "transfers", "kernels"):
+            with atomic(directory / f"{name}.parquet") as temporary:
+                pq.write_table(getattr(self.records, name).to_arrow(), temporary, compression="zstd")
+
+
+class Scene:
+    """A trace on a machine under a workload: what every system compared on it shares."""
+
+    def __init__(self, trace: Trace, question: Question) -> None:
+        self.trace, self.question = trace, question
+        self.model: Model = load_model(question.model or trace.info.model)
+        check_matches(trace, self.model)
+        self.machine: Machine = load_machine(question.machine)
+        self.workload = _workload(trace, question)
+
+    def ledger(self, system: System) -> Ledger:
+        """Where every byte of GPU, host and drive goes under `system`."""
+        q, requests = self.question, self.workload.requests
+        scratch = 0 if system.cache and system.misses.keep else max(2, self.trace.top_k)
+        return plan_memory(
+            self._served(system),
+            self.machine,
+            expert_memory=None if system.all_resident or not system.cache else q.expert_memory,
+            slots_per_layer=None if system.all_resident or not system.cache else q.slots_per_layer,
+            max_sequences=min(q.max_concurrency, len(requests)),
+            max_context=max(r.prompt_tokens + len(r.decode) for r in requests),
+            max_batch_tokens=q.chunk or min(q.max_batch_tokens, max(len(r.prefill) for r in requests) or 1),
+            all_resident=system.all_resident,
+            cache=system.cache,
+            scratch_experts=scratch,
+        )
+
+    def _served(self, system: System) -> Model:
+        bits = system.expert_bits
+        return self.model if bits is None else self.model.with_precision(expert_bits=bits)
+
+    def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
+        """What the engine needs; `scale` low or high takes every cost at one end of its band."""
+        table = CostTable(self._served(system), Roofline(self.machine, scale), offloaded=not system.all_resident)
+        q = self.question
+        own = q.expert_memory is not None or q.slots_per_layer is not None
+        shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
+        one_slot_each = sum(table.expert_bytes(layer) for layer in range(self.trace.layers))
+        return Setting(
+            trace=self.trace,
+            table=table,
+            workload=self.workload,
+            limits=Limits(
+                q.max_concurrency, q.max_batch_tokens, q.chunk, shared - one_slot_each if shared else ledger.kv_bytes
+            ),
+            expert_bytes=ledger.expert_bytes,
+            shared_bytes=shared,
+            host_bytes=ledger.host_expert_bytes,
+            seed=q.seed,
+        )
+
+
+def _workload(trace: Trace, q: Question) -> Workload:
+    workload = read_workload(q.workload, trace, q.seed) if q.workload else from_trace(trace)
+    if q.num_prompts is not None:
+        workload = first(workload, q.num_prompts)
+    if q.request_rate is not None:
+        workload = with_arrivals(workload, q.request_rate, q.burstiness, q.seed)
+    return workload if q.slo_ms is None else with_slo(workload, q.slo_ms)
+
+
+def run(
+    trace: Trace,
+    policy: str | System,
+    question: Question = Question(),
+    settings: list[str] | tuple[str, ...] = (),
+    anchors: bool = True,
+    detail: bool = False,
+) -> Run:
+    """Replay `trace` under `policy`. Raises a MoesimError where the question makes no sense."""
+    system = load_system(policy) if isinstance(policy, str) else policy
+    for setting in settings:
+        system = with_setting(system, setting)
+    scene = Scene(trace, question)
+    ledger = scene.ledger(system)
+    if ledger.verdict == "OOM":
+        return Run(_infeasible(scene, system, ledger), Records(False), ())
+    outcome = _simulate(scene, system, ledger, detail)
+    return Run(
+        _summary(scene, system, ledger, outcome, anchors),
+        outcome.records,
+        tuple(r.request_id for r in scene.workload.requests),
+    )
+
+
+def replay(trace: Trace | Path | str, policy: str | System = "LRU", **options: Any) -> Run:
+    """`replay("trace.parquet", "eMoE", slots_per_layer=8)`: options are those of `Question` and `run`."""
+    from moesim.trace.io import read
+
+    own = {name: options.pop(name) for name in ("settings", "anchors", "detail") if name in options}
+    return run(trace if isinstance(trace, Trace) else read(trace), policy, Question(**options), **own)
+
+
+def _simulate(
+    scene: Scene, system: System, ledger: Ledger, detail: bool = False, scale: str = "default", shown: bool = True
+) -> Outcome:
+    setting = scene.setting(system, ledger, scale)
+    rows = sum(len(r.prefill) + len(r.decode) for r in scene.workload.requests)
+    if not shown:
+        return simulate(setting, system, detail)
+    with progress(f"{system.name}: tokens", rows) as advance:
+        return simulate(setting, system, detail, on_tokens=advance)
+
+
+def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anchors: bool) -> dict[str, Any]:
+    numbers = _numbers(outcome)
+    status, reason = _status(scene, system, ledger, outcome, numbers)
+    summary: dict[str, Any] = {
+        "status": status,
+        "status_reason": reason,
+        "inputs": _inputs(scene, system),
+        "metrics": numbers,
+        "routing_fidelity": metrics.routing_fidelity(outcome.counts),
+        "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
+        "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
+    }
+    if anchors:
+        summary |= _anchors(scene, system, ledger, numbers)
+    summary["notes"] = _notes(scene, system)
+    return summary
+
+
+def _numbers(outcome: Outcome) -> dict[str, Any]:
+    records, counts = outcome.records, outcome.counts
+    throughput = metrics.throughput_metrics(records)
+    moved = outcome.link_bytes
+    cache = metrics.cache_metrics(
+        counts, moved["h2d"], moved["d2h"], moved["nvme"], throughput["total_output_tokens"]
+    )
+    return throughput | metrics.latency_metrics(records) | cache
+
+
+def _infeasible(scene: Scene, system: System, ledger: Ledger) -> dict[str, Any]:
+    return {
+        "status": ledger.verdict,
+        "status_reason": ledger.reason,
+        "inputs": _inputs(scene, system),
+        "metrics": {},
+        "memory": ledger.to_dict(),
+        "notes": _notes(scene, system),
+    }
+
+
+def _status(
+    scene: Scene, system: System, ledger: Ledger, outcome: Outcome, numbers: dict[str, Any]
+) -> tuple[str, str]:
+    """The memory's verdict, or what only the run could show."""
+    arrivals = outcome.records.requests.column("arrival")
+    span = int(arrivals.max() - arrivals.min())
+    waited = outcome.records.requests.column("admitted") - arrivals
+    tail = waited[-max(1, len(waited) // 4) :].mean()
+    if span and tail > 0.25 * span:
+        return "OVERLOADED", f"the last quarter of the requests waited {tail / 1e9:.3g} s to be admitted"
+    if ledger.verdict == "FITS" and system.cache and not system.all_resident:
+        steps = max(len(outcome.records.steps), 1)
+        unique = numbers["lookups"] / steps / scene.trace.layers
+        slots = ledger.expert_bytes / max(scene.trace.layers * scene.model.expert_bytes(), 1)
+        if unique > slots:
+            return "THRASH", f"a step needs {unique:.1f} experts per layer, the cache holds {slots:.1f}"
+    return ledger.verdict, ledger.reason
+
+
+def _inputs(scene: Scene, system: System) -> dict[str, Any]:
+    """Everything the answer depends on, resolved."""
+    q, trace, workload = scene.question, scene.trace, scene.workload
+    arguments = asdict(q) | {"workload": str(q.workload) if q.workload else None}
+    if q.request_rate is not None and math.isinf(q.request_rate):
+        arguments["request_rate"] = "inf"
+    return {
+        "moesim_version": __version__,
+        "trace": {
+            "sha256": trace.content_hash,
+            "model": trace.info.model,
+            "provenance": trace.info.provenance,
+            "requests": len(trace.requests),
+            "tokens": trace.tokens,
+        },
+        "model": asdict(scene.model),
+        "machine": scene.machine.to_dict(),
+        "costs": "specification-sheet",
+        "system": system.parts(),
+        "workload": {
+            "requests": len(workload.requests),
+            "arrivals": workload.arrivals,
+            "routing": workload.routing,
+        },
+        "arguments": arguments,
+        "seed": q.seed,
+    }
+
+
+def _notes(scene: Scene, system: System) -> list[str]:
+    """What a reader must know before believing a number."""
+    notes = list(system.notes)
+    if scene.trace.info.provenance != "real":
+        notes.append("synthetic routing: the trace was drawn, not recorded")
+    if not (scene.trace.phase == PREFILL).any():
+        notes.append("decode-only trace: prompts are not simulated, so TTFT is the first decode step")
+    if system.predictor.provenance == "assumed":
+        notes.append("the predictor's accuracy is stated, not learned from the trace")
+    if system.misses.rule == "reroute" and scene.trace.probabilities is None:
+        notes.append("reroute order is by popularity: the trace has no gate probabilities")
+    if system.misses.changes_outputs:
+        notes.append("outputs change: quality is not modelled, see routing_fidelity")
+    if system.refresh and not any(scene.trace.requests.task):
+        notes.append("the trace has no task labels: all requests count as one task")
+    return notes
+
+
+# -- anchors and error bars ---------------------------------------------------------------------------------------
+
+
+def _anchors(scene: Scene, system: System, ledger: Ledger, numbers: dict[str, Any]) -> dict[str, Any]:
+    """The four anchors, the physical ceiling and the cost band, on the first requests of the workload."""
+    sample = _sample(scene)
+    whole = len(sample.workload.requests) == len(scene.workload.requests)
+    base = numbers if whole else _numbers(_simulate(sample, system, ledger, shown=False))
+    runs: list[Callable[[], dict[str, Any]]] = [lambda s=name: _anchor(sample, s) for name in ANCHORS.values()]
+    found: dict[str, Any] = {}
+    with progress("anchors and error bar", len(runs) + 3) as advance:
+        for name, anchor in zip(ANCHORS, runs, strict=True):
+            found[name] = anchor()
+            advance()
+        band = {}
+        for scale in ("low", "high"):
+            band[scale] = _numbers(_simulate(sample, system, ledger, scale=scale, shown=False))
+            advance()
+        top = metrics.throughput_metrics(ceiling(sample.setting(system, ledger)))["output_throughput"]
+        advance()
+    found["of_sample"] = {"requests": len(sample.workload.requests), "policy": _brief(base)}
+    return {
+        "anchors": found,
+        "ceiling": {
+            "output_throughput": top,
+            "reached": base["output_throughput"] / top,
+            "basis": "all experts resident, nominal bandwidth and peak rates, no overheads",
+        },
+        "uncertainty": {
+            "basis": "every specification-sheet cost at the slow and at the fast end of its band, on the sample",
+            **{
+                name: sorted(numbers[name] * band[scale][name] / base[name] for scale in band)
+                for name in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
+                if base[name]
+            },
+        },
+    }
+
+
+def _sample(scene: Scene) -> Scene:
+    """The same scene with only as many leading requests as the sample allows (at least one)."""
+    per_token = scene.trace.layers * scene.trace.top_k
+    room, count = SAMPLE_LOOKUPS, 0
+    for request in scene.workload.requests:
+        room -= (len(request.prefill) + len(request.decode)) * per_token
+        if room < 0 and count:
+            break
+        count += 1
+    if count == len(scene.workload.requests):
+        return scene
+    sample = object.__new__(Scene)
+    sample.__dict__.update(scene.__dict__, workload=first(scene.workload, count))
+    return sample
+
+
+def _anchor(scene: Scene, name: str) -> dict[str, Any]:
+    system = load_system(name)
+    ledger = scene.ledger(system)
+    if system.all_resident:  # the anchor is what it would be if memory were no object
+        ledger = replace(ledger, verdict="FITS")
+    try:
+        return _brief(_numbers(_simulate(scene, system, ledger, shown=False))) | {"fits": scene.ledger(system).verdict != "OOM"}
+    except MemoryBudgetError as error:
+        return {"error": str(error)}
+
+
+def _brief(numbers: dict[str, Any]) -> dict[str, Any]:
+    names = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "hit_rate", "h2d_bytes_per_token")
+    return {name: numbers[name] for name in names}
+
+
+# -- for people ---------------------------------------------------------------------------------------------------
+
+
+def format_run(run: Run) -> str:
+    """The page `moesim replay` prints."""
+    s = run.summary
+    inputs, m = s["inputs"], s["metrics"]
+    lines = [
+        f"{inputs['system']['name']} serving {inputs['model']['name']} on {inputs['machine']['name']}: {s['status']}"
+        + (f" ({s['status_reason']})" if s["status_reason"] else ""),
+        f"trace {inputs['trace']['model']}, {inputs['trace']['provenance']} routing, "
+        f"{inputs['workload']['requests']} requests {inputs['workload']['arrivals']}, "
+        f"at most {inputs['arguments']['max_concurrency']} at once; costs: {inputs['costs']}",
+    ]
+    if m:
+        lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
+    lines += ["", *_memory_lines(s["memory"])]
+    lines += [f"note: {note}" for note in s["notes"]]
+    return "\n".join(lines)
+
+
+def _speed_lines(s: dict[str, Any]) -> list[str]:
+    m, band = s["metrics"], s.get("uncertainty", {})
+    low_high = band.get("output_throughput")
+    error = f"  ({low_high[0]:.4g} to {low_high[1]:.4g} over the cost band)" if low_high else ""
+    lines = [
+        f"output        {m['output_throughput']:.4g} tok/s{error}",
+        f"served        {m['completed']} requests, {m['total_input_tokens']} prompt and {m['total_output_tokens']} "
+        f"output tokens in {m['duration_s']:.4g} s",
+        "latency, ms       mean       p50       p90       p99",
+    ]
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        if m[f"mean_{name}_ms"] is not None:
+            values = (m[f"mean_{name}_ms"], *(m[f"p{p}_{name}_ms"] for p in (50, 90, 99)))
+            lines.append(f"  {name.upper():8}" + "".join(f"{value:10.4g}" for value in values))
+    return lines
+
+
+def _expert_lines(s: dict[str, Any]) -> list[str]:
+    m = s["metrics"]
+    gib = 2**30
+    lines = [
+        f"experts       {m['lookups']} lookups: {m['hit_rate']:.1%} hit, {m['late_rate']:.1%} late, "
+        f"{m['miss_rate']:.1%} missed",
+        f"moved         {m['h2d_bytes'] / gib:.4g} GiB to the GPU ({m['prefetch_useful_bytes'] / gib:.3g} prefetched and "
+        f"used, {m['prefetch_wasted_bytes'] / gib:.3g} in vain), {m['d2h_bytes'] / gib:.3g} back, "
+        f"{m['nvme_bytes'] / gib:.3g} from NVMe",
+        f"stall         {m['stall_ms_per_token']:.4g} ms per token",
+    ]
+    fidelity = s["routing_fidelity"]
+    if fidelity["exact"] < 1:
+        lines.append(
+            f"routing       {fidelity['exact']:.1%} of the routed weight as chosen, {fidelity['rerouted']:.1%} rerouted, "
+            f"{fidelity['skipped']:.1%} skipped"
+        )
+    return lines
+
+
+def _limit_lines(s: dict[str, Any]) -> list[str]:
+    b = s["bottleneck"]
+    shares = sorted(b["critical_path"].items(), key=lambda item: -item[1])
+    lines = [
+        f"limited by    {b['explanation']}",
+        "critical path " + ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005),
+    ]
+    if "ceiling" in s:
+        c = s["ceiling"]
+        lines.append(f"ceiling       {c['output_throughput']:.4g} tok/s; {c['reached']:.1%} of it reached ({c['basis']})")
+        sample = s["anchors"]["of_sample"]
+        lines.append(f"anchors, tok/s on the first {sample['requests']} requests:")
+        rows = [("this policy", sample["policy"]), *((name, s["anchors"][name]) for name in ANCHORS)]
+        for name, row in rows:
+            if "error" in row:
+                lines.append(f"  {name:13} {row['error']}")
+                continue
+            fits = "" if row.get("fits", True) else "  (does not fit this machine)"
+            lines.append(f"  {name:13} {row['output_throughput']:9.4g}   hit rate {row['hit_rate']:.1%}{fits}")
+    return lines
