@@ -39,7 +39,11 @@ RequestRate = Annotated[
     float | None, typer.Option("--request-rate", help="Requests/s, as vLLM's; inf sends all at once.")
 ]
 Burstiness = Annotated[float, typer.Option("--burstiness", help="Shape of the gaps; 1 is Poisson.")]
-MaxConcurrency = Annotated[int, typer.Option("--max-concurrency", help="Requests in service at once.")]
+MaxConcurrency = Annotated[
+    int | None,
+    typer.Option("--max-concurrency", help="Requests under way at once; default: 1, or no limit where they have times."),
+]
+MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="Sequences the server batches at once.")]
 NumPrompts = Annotated[int | None, typer.Option("--num-prompts", help="Serve only the first N requests.")]
 SloOption = Annotated[float | None, typer.Option("--slo", help="Time promised to each request, ms (eMoE's scheduler).")]
 BatchTokens = Annotated[int, typer.Option("--max-batch-tokens", help="New tokens per step.")]
@@ -67,8 +71,8 @@ def _root(
 
 def _question(
     model: str | None, machine: str, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
-    request_rate: float | None, burstiness: float, max_concurrency: int, num_prompts: int | None, slo: float | None,
-    max_batch_tokens: int, chunk: int, seed: int,
+    request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
+    num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
     from moesim.replay import Question
@@ -85,6 +89,7 @@ def _question(
         request_rate=request_rate,
         burstiness=burstiness,
         max_concurrency=max_concurrency,
+        max_num_seqs=max_num_seqs,
         num_prompts=num_prompts,
         slo_ms=slo,
         max_batch_tokens=max_batch_tokens,
@@ -104,7 +109,8 @@ def replay(
     workload: WorkloadOption = None,
     request_rate: RequestRate = None,
     burstiness: Burstiness = 1.0,
-    max_concurrency: MaxConcurrency = 1,
+    max_concurrency: MaxConcurrency = None,
+    max_num_seqs: MaxNumSeqs = 256,
     num_prompts: NumPrompts = None,
     slo: SloOption = None,
     max_batch_tokens: BatchTokens = 8192,
@@ -123,7 +129,7 @@ def replay(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        num_prompts, slo, max_batch_tokens, chunk, seed,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
     )  # fmt: skip
     result = run(read(trace), policy, question, settings or [], anchors, detail=bool(timeline or output))
     if timeline and result.records:
@@ -146,7 +152,8 @@ def compare(
     workload: WorkloadOption = None,
     request_rate: RequestRate = None,
     burstiness: Burstiness = 1.0,
-    max_concurrency: MaxConcurrency = 1,
+    max_concurrency: MaxConcurrency = None,
+    max_num_seqs: MaxNumSeqs = 256,
     num_prompts: NumPrompts = None,
     slo: SloOption = None,
     max_batch_tokens: BatchTokens = 8192,
@@ -161,7 +168,7 @@ def compare(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        num_prompts, slo, max_batch_tokens, chunk, seed,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
     )  # fmt: skip
     result = compare_policies(read(trace), _split(policies), question)
     _print(result, format_comparison(result), as_json)

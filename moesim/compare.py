@@ -43,12 +43,12 @@ def _per_request(run: Run) -> dict[str, NDArray[np.float64]]:
     """ms per request, in the workload's order."""
     r = run.records.requests
     order = np.argsort(r.column("request"))
-    arrival, first, last = (r.column(name)[order] / 1e6 for name in ("arrival", "first_token", "finished"))
+    sent, first, last = (r.column(name)[order] / 1e6 for name in ("sent", "first_token", "finished"))
     outputs = r.column("output_tokens")[order]
     tpot = np.full(len(outputs), np.nan)
     many = outputs > 1
     tpot[many] = (last - first)[many] / (outputs[many] - 1)
-    return {"tpot": tpot, "ttft": first - arrival, "e2el": last - arrival}
+    return {"tpot": tpot, "ttft": first - sent, "e2el": last - sent}
 
 
 def _differences(base: Run, other: Run) -> dict[str, Any]:

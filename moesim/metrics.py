@@ -14,15 +14,15 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 def latency_metrics(records: Records) -> dict[str, Any]:
-    """TTFT, TPOT (without the first token), ITL (per gap) and E2EL over completed requests."""
+    """TTFT, TPOT (without the first token), ITL (per gap) and E2EL over completed requests, from when each was sent."""
     r = records.requests
-    arrival, first, last = r.column("arrival"), r.column("first_token"), r.column("finished")
+    sent, first, last = r.column("sent"), r.column("first_token"), r.column("finished")
     outputs = r.column("output_tokens")
     many = outputs > 1
     tpot = (last - first)[many] / (outputs[many] - 1)
     gaps = np.frombuffer(records.gaps, dtype=np.int64) if records.gaps else np.empty(0)
     out: dict[str, Any] = {}
-    for name, values in (("ttft", first - arrival), ("tpot", tpot), ("itl", gaps), ("e2el", last - arrival)):
+    for name, values in (("ttft", first - sent), ("tpot", tpot), ("itl", gaps), ("e2el", last - sent)):
         out |= _spread(name, np.asarray(values) / 1e6)
     return out
 

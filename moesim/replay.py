@@ -24,6 +24,7 @@ from moesim.records import Records
 from moesim.systems import System, load_system, with_setting
 from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
+from moesim.units import format_size
 from moesim.workload import Workload, first, from_trace, read_workload, with_arrivals, with_slo
 
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
@@ -42,7 +43,8 @@ class Question:
     workload: Path | None = None
     request_rate: float | None = None  # requests/s
     burstiness: float = 1.0
-    max_concurrency: int = 1
+    max_concurrency: int | None = None  # None: 1 where requests have no times of their own, else no limit
+    max_num_seqs: int = 256
     num_prompts: int | None = None
     slo_ms: float | None = None
     max_batch_tokens: int = 8192
@@ -50,9 +52,10 @@ class Question:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_concurrency", 1), ("max_batch_tokens", 1), ("chunk", 0), ("seed", 0)):
+        least_of = {"max_concurrency": 1, "max_num_seqs": 1, "max_batch_tokens": 1, "chunk": 0, "seed": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise WorkloadError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
@@ -87,6 +90,8 @@ class Scene:
         check_matches(trace, self.model)
         self.machine: Machine = load_machine(question.machine)
         self.workload = _workload(trace, question)
+        timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
+        self.concurrency = question.max_concurrency or (len(self.workload.requests) if timed else 1)
 
     def ledger(self, system: System) -> Ledger:
         """Where every byte of GPU, host and drive goes under `system`."""
@@ -97,7 +102,7 @@ class Scene:
             self.machine,
             expert_memory=None if system.all_resident or not system.cache else q.expert_memory,
             slots_per_layer=None if system.all_resident or not system.cache else q.slots_per_layer,
-            max_sequences=min(q.max_concurrency, len(requests)),
+            max_sequences=min(self.concurrency, q.max_num_seqs, len(requests)),
             max_context=max(r.prompt_tokens + len(r.decode) for r in requests),
             max_batch_tokens=q.chunk or min(q.max_batch_tokens, max(len(r.prefill) for r in requests) or 1),
             all_resident=system.all_resident,
@@ -111,7 +116,8 @@ class Scene:
 
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
-        table = CostTable(self._served(system), Roofline(self.machine, scale), offloaded=not system.all_resident)
+        costs = Roofline(self.machine, scale)
+        table = CostTable(self._served(system), self.machine, costs, offloaded=not system.all_resident)
         q = self.question
         own = q.expert_memory is not None or q.slots_per_layer is not None
         shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
@@ -121,7 +127,11 @@ class Scene:
             table=table,
             workload=self.workload,
             limits=Limits(
-                q.max_concurrency, q.max_batch_tokens, q.chunk, shared - one_slot_each if shared else ledger.kv_bytes
+                clients=self.concurrency,
+                sequences=q.max_num_seqs,
+                batch_tokens=q.max_batch_tokens,
+                chunk=q.chunk,
+                kv_bytes=shared - one_slot_each if shared else ledger.kv_bytes,
             ),
             expert_bytes=ledger.expert_bytes,
             shared_bytes=shared,
@@ -227,7 +237,7 @@ def _status(
     """The memory's verdict, or what only the run could show."""
     arrivals = outcome.records.requests.column("arrival")
     span = int(arrivals.max() - arrivals.min())
-    waited = outcome.records.requests.column("admitted") - arrivals
+    waited = outcome.records.requests.column("admitted") - outcome.records.requests.column("sent")
     tail = waited[-max(1, len(waited) // 4) :].mean()
     if span and tail > 0.25 * span:
         return "OVERLOADED", f"the last quarter of the requests waited {tail / 1e9:.3g} s to be admitted"
@@ -263,6 +273,7 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
             "requests": len(workload.requests),
             "arrivals": workload.arrivals,
             "routing": workload.routing,
+            "max_concurrency": scene.concurrency,
         },
         "arguments": arguments,
         "seed": q.seed,
@@ -370,7 +381,7 @@ def format_run(run: Run) -> str:
         + (f" ({s['status_reason']})" if s["status_reason"] else ""),
         f"trace {inputs['trace']['model']}, {inputs['trace']['provenance']} routing, "
         f"{inputs['workload']['requests']} requests {inputs['workload']['arrivals']}, "
-        f"at most {inputs['arguments']['max_concurrency']} at once; costs: {inputs['costs']}",
+        f"at most {inputs['workload']['max_concurrency']} at once; costs: {inputs['costs']}",
     ]
     if m:
         lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
@@ -435,4 +446,13 @@ def _limit_lines(s: dict[str, Any]) -> list[str]:
                 continue
             fits = "" if row.get("fits", True) else "  (does not fit this machine)"
             lines.append(f"  {name:13} {row['output_throughput']:9.4g}   hit rate {row['hit_rate']:.1%}{fits}")
+    return lines
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    lines = []
+    for tier, name in (("gpu_bytes", "GPU memory"), ("host_bytes", "host memory"), ("nvme_bytes", "NVMe")):
+        if memory[tier]:
+            entries = ", ".join(f"{what} {format_size(size)}" for what, size in memory[tier].items())
+            lines.append(f"{name:13} {entries}")
     return lines

@@ -37,7 +37,7 @@ def setting(
         trace=trace,
         table=table,  # type: ignore[arg-type]
         workload=workload or from_trace(trace),
-        limits=Limits(concurrency, batch_tokens, chunk, 1 << 60),
+        limits=Limits(1 << 30, concurrency, batch_tokens, chunk, 1 << 60),
         expert_bytes=slots * table.size * trace.layers,
         shared_bytes=0,
         host_bytes=host_slots * table.size,

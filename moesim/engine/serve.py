@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from moesim.model import Model
 
 
+LOOK = 64  # waiting requests a scheduler is shown
+
+
 class Stepper(Protocol):
     """What serving needs of a device."""
 
@@ -28,10 +31,12 @@ class Stepper(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """concurrency: requests in service at once; batch_tokens: new tokens per step; chunk: prompt tokens per request
-    and step (0 = the whole prompt at once); kv_bytes: what the KV caches of requests in service may take together."""
+    """clients: requests under way at once, the others are held back before they are sent (vLLM's max-concurrency);
+    sequences: requests in service at once (vLLM's max-num-seqs); batch_tokens: new tokens per step; chunk: prompt
+    tokens per request and step (0 = the whole prompt at once); kv_bytes: what KV caches may take together."""
 
-    concurrency: int
+    clients: int
+    sequences: int
     batch_tokens: int
     chunk: int
     kv_bytes: int
@@ -40,10 +45,10 @@ class Limits:
 class Sequence:
     """A request in service."""
 
-    __slots__ = ("admitted", "decoded", "first", "last", "prefilled", "request")
+    __slots__ = ("admitted", "decoded", "first", "last", "prefilled", "request", "sent")
 
-    def __init__(self, request: Request, now: int) -> None:
-        self.request, self.admitted = request, now
+    def __init__(self, request: Request, sent: int, now: int) -> None:
+        self.request, self.sent, self.admitted = request, sent, now
         self.prefilled = self.decoded = 0
         self.first = self.last = -1
 
@@ -88,9 +93,10 @@ class Server:
         self._scheduling, self._on_admit, self._on_kv, self._on_tokens = scheduling, on_admit, on_kv, on_tokens
         self._arriving = deque(enumerate(workload.requests))
         self._index = {id(request): i for i, request in self._arriving}
-        self._waiting: list[Request] = []
+        self._waiting: list[tuple[Request, int]] = []  # and when each was sent
         self._running: list[Sequence] = []
         self._kv_promised = 0
+        self._client_free = 0  # when the last request left
         self.idle_ns = 0
         self._check_each_fits(workload)
 
@@ -120,23 +126,28 @@ class Server:
             yield from self._step()
 
     def _arrive(self) -> None:
-        while self._arriving and self._arriving[0][1].arrival_ns <= self._env.now:
-            self._waiting.append(self._arriving.popleft()[1])
+        """Requests are sent at their time, or when a client is free: at the end of a step, later than their time."""
+        now = self._env.now
+        while self._arriving and self._arriving[0][1].arrival_ns <= now:
+            if len(self._waiting) + len(self._running) >= self._limits.clients:
+                return
+            request = self._arriving.popleft()[1]
+            self._waiting.append((request, max(request.arrival_ns, self._client_free)))
 
     def _admit(self) -> None:
         now = self._env.now
-        while self._waiting and len(self._running) < self._limits.concurrency:
-            running = [_candidate(s.request, s.remaining) for s in self._running]
-            waiting = [_candidate(r, len(r.decode)) for r in self._waiting[:64]]
+        while self._waiting and len(self._running) < self._limits.sequences:
+            running = [_candidate(s.request, s.sent, s.remaining) for s in self._running]
+            waiting = [_candidate(r, sent, len(r.decode)) for r, sent in self._waiting[:LOOK]]
             choice = self._scheduling.admit(waiting, running, now)
             if choice is None:
                 return
-            request = self._waiting[choice]
+            request, sent = self._waiting[choice]
             if self._kv_promised + self._kv(request) > self._limits.kv_bytes:
                 return
             del self._waiting[choice]
             self._kv_promised += self._kv(request)
-            self._running.append(Sequence(request, now))
+            self._running.append(Sequence(request, sent, now))
             self._on_admit(request, [s.request for s in self._running])
 
     def _step(self) -> Generator[simpy.Event, Any, None]:
@@ -195,9 +206,11 @@ class Server:
         self._running.remove(s)
         r = s.request
         self._kv_promised -= self._kv(r)
-        row = (self._index[id(r)], r.arrival_ns, s.admitted, s.first, s.last, r.prompt_tokens, r.output_tokens)
+        if len(self._waiting) + len(self._running) == self._limits.clients - 1:
+            self._client_free = s.last
+        row = (self._index[id(r)], r.arrival_ns, s.sent, s.admitted, s.first, s.last, r.prompt_tokens, r.output_tokens)
         self._records.requests.add(row)
 
 
-def _candidate(request: Request, remaining: int) -> Candidate:
-    return Candidate(request.arrival_ns, request.prompt_tokens, remaining, request.slo_ns)
+def _candidate(request: Request, sent: int, remaining: int) -> Candidate:
+    return Candidate(sent, request.prompt_tokens, remaining, request.slo_ns)
