@@ -18,14 +18,15 @@ class Entry:
         "prefetched", "read_end", "tokens", "uses",
     )  # fmt: skip
 
-    def __init__(self, layer: int, expert: int, nbytes: int) -> None:
-        self.layer, self.expert, self.bytes = layer, expert, nbytes
-        self.landed = self.busy = self.pinned = self.prefetched = False
-        self.keep = True
-        self.last_use = self.brought = self.read_end = -1
+    def __init__(
+        self, layer: int, expert: int, nbytes: int, brought: int,
+        *, keep: bool = True, plan: float = 0.0, prefetched: bool = False, last_use: int = -1, next_use: int = 1 << 60,
+    ) -> None:  # fmt: skip
+        self.layer, self.expert, self.bytes, self.brought = layer, expert, nbytes, brought
+        self.keep, self.plan, self.prefetched = keep, plan, prefetched
+        self.last_use, self.next_use, self.read_end = last_use, next_use, -1
+        self.landed = self.busy = self.pinned = False
         self.uses = self.tokens = 0
-        self.next_use = 1 << 60
-        self.plan = 0.0
 
 
 def _hash(seed: int, draw: int, key: int) -> int:

@@ -171,11 +171,11 @@ class Device:
 
     def place(self, layer: int, expert: int, pinned: bool) -> bool:
         """Put an expert there before time begins; False where it does not fit."""
-        entry = Entry(layer, expert, self._table.expert_bytes(layer))
+        entry = Entry(layer, expert, self._table.expert_bytes(layer), self._brought)
         pool = self._pools[layer]
         if pool.used + entry.bytes > pool.capacity:
             return False
-        entry.landed, entry.pinned, entry.brought = True, pinned, self._brought
+        entry.landed, entry.pinned = True, pinned
         self._brought += 1
         pool.add(entry)
         pool.offer(entry)
@@ -210,9 +210,10 @@ class Device:
                     self._blocked = True
                     return False
                 self._evict(pool, victim)
-        entry = Entry(copy.layer, copy.expert, copy.nbytes)
-        entry.keep, entry.plan, entry.brought, entry.prefetched = copy.keep, copy.plan, self._brought, not copy.demand
-        entry.last_use, entry.next_use = self._tick, min(copy.expires, NEVER)
+        entry = Entry(
+            copy.layer, copy.expert, copy.nbytes, self._brought, keep=copy.keep, plan=copy.plan,
+            prefetched=not copy.demand, last_use=self._tick, next_use=min(copy.expires, NEVER),
+        )  # fmt: skip
         self._brought += 1
         if copy.wanted:
             entry.last_use, entry.next_use, entry.tokens = copy.wanted
