@@ -41,7 +41,9 @@ RequestRate = Annotated[
 Burstiness = Annotated[float, typer.Option("--burstiness", help="Shape of the gaps; 1 is Poisson.")]
 MaxConcurrency = Annotated[
     int | None,
-    typer.Option("--max-concurrency", help="Requests under way at once; default: 1, or no limit where they have times."),
+    typer.Option(
+        "--max-concurrency", help="Requests under way at once; default: 1, or no limit where they have times."
+    ),
 ]
 MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="Sequences the server batches at once.")]
 NumPrompts = Annotated[int | None, typer.Option("--num-prompts", help="Serve only the first N requests.")]
@@ -75,7 +77,7 @@ def _question(
     num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
-    from moesim.replay import Question
+    from moesim.question import Question
     from moesim.units import parse_size
 
     if workload and request_rate is not None:
@@ -123,7 +125,8 @@ def replay(
     output: OutputOption = None,
 ) -> None:
     """Replay a routing trace under a policy: does it fit, how fast, what limits it."""
-    from moesim.replay import format_run, run
+    from moesim.page import format_run
+    from moesim.question import run
     from moesim.timeline import write_timeline
     from moesim.trace.io import read
 
@@ -137,7 +140,7 @@ def replay(
     if output:
         result.save(output)
     _print(result.summary, format_run(result), as_json)
-    if result.summary["status"] in ("OOM", "OVERLOADED"):
+    if result.summary["status"] in ("OOM", "CACHE_DISABLED", "OVERLOADED"):
         raise typer.Exit(INFEASIBLE)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import PolicyError
-from moesim.replay import Question, Run, run
+from moesim.question import Question, Run, run
 from moesim.trace import Trace
 
 METRICS = ("tpot", "ttft", "e2el")
@@ -19,7 +19,7 @@ def compare(trace: Trace, policies: list[str], question: Question) -> dict[str, 
     """Each policy's summary, and how every other differs from the first, with a 95 % interval over requests."""
     if len(policies) < 2:
         raise PolicyError(f"--policies {','.join(policies)}: name at least two, such as LRU,eMoE")
-    runs = {}
+    runs: dict[str, Run] = {}
     for policy in policies:
         runs[policy] = run(trace, policy, question, anchors=not runs)
     base = runs[policies[0]]
@@ -29,14 +29,18 @@ def compare(trace: Trace, policies: list[str], question: Question) -> dict[str, 
         "anchors": base.summary.get("anchors"),
         "policies": {name: _outline(r) for name, r in runs.items()},
         "differences": {
-            name: _differences(base, r) for name, r in runs.items() if r is not base and base.request_ids and r.request_ids
+            name: _differences(base, r)
+            for name, r in runs.items()
+            if r is not base and base.request_ids and r.request_ids
         },
     }
 
 
 def _outline(run: Run) -> dict[str, Any]:
     s = run.summary
-    return {key: s.get(key) for key in ("status", "status_reason", "metrics", "routing_fidelity", "bottleneck", "notes")}
+    return {
+        key: s.get(key) for key in ("status", "status_reason", "metrics", "routing_fidelity", "bottleneck", "notes")
+    }
 
 
 def _per_request(run: Run) -> dict[str, NDArray[np.float64]]:

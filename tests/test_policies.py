@@ -20,7 +20,9 @@ from moesim.systems import SYSTEMS, System, load_system, with_setting
 )
 def test_reroute_keeps_the_resident_and_names_distinct_residents(chosen, resident, preference):
     out = reroute(chosen, resident, preference)
-    assert [new for old, new in zip(chosen, out, strict=True) if old in resident] == [e for e in chosen if e in resident]
+    assert [new for old, new in zip(chosen, out, strict=True) if old in resident] == [
+        e for e in chosen if e in resident
+    ]
     named = [e for e in out if e >= 0]
     assert set(named) <= resident and len(named) == len(set(named)) == min(len(chosen), len(resident))
 
@@ -104,7 +106,10 @@ def test_arguments_are_literals_and_nothing_is_evaluated():
 
 def test_one_choice_can_be_changed():
     assert with_setting(load_system("LRU"), "eviction.scope=global").eviction.scope == "global"
-    assert with_setting(load_system("LRU"), "eviction.score=lru:0.4,lfu:0.6").eviction.score == (("lru", 0.4), ("lfu", 0.6))
+    assert with_setting(load_system("LRU"), "eviction.score=lru:0.4,lfu:0.6").eviction.score == (
+        ("lru", 0.4),
+        ("lfu", 0.6),
+    )
     assert with_setting(load_system("LRU"), "misses.rule=host").misses == Misses("host")
     assert with_setting(load_system("eMoE"), "refresh.period=7").refresh.period == 7
     assert load_system("LRU").eviction == LRU

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from simpy.events import Timeout
 
 from moesim.engine.cache import Entry, Pool, scorer
+from moesim.engine.clock import Clock
 from moesim.engine.fluid import Fluid
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Copy, Executor, Link
@@ -97,7 +98,7 @@ class Device:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Clock,
         trace: Trace,
         table: CostTable,
         system: System,
@@ -347,7 +348,7 @@ class Device:
         for layer in range(self._layers):
             here, row = self._here[layer], values[layer].tolist()
             room = self._pools[layer].capacity // self._table.expert_bytes(layer)
-            order = sorted(range(self._experts), key=lambda e: (-row[e], e not in here, e))  # noqa: B023
+            order = sorted(range(self._experts), key=lambda e: (-row[e], e not in here, e))
             for expert, entry in here.items():
                 entry.plan = row[expert]
             self._pools[layer].rebuild()
@@ -514,7 +515,8 @@ class Device:
         table, rule = self._table, self._system.misses.rule
         if misses and self._system.transfer.unit == "layer":
             misses = misses + self._rest_of_layer(layer, {copy.expert for copy in misses})
-        hosted, demands = [], list(late)
+        hosted: list[Copy] = []
+        demands = list(late)
         for copy in misses:
             tokens = copy.wanted[2] if copy.wanted else 0
             choice = rule

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import simpy
 from simpy.events import Timeout
 
+from moesim.engine.clock import Clock
 
-def fair_rates(
-    own: Sequence[float], uses: Sequence[Sequence[str]], capacity: Mapping[str, float]
-) -> list[float]:
+
+def fair_rates(own: Sequence[float], uses: Sequence[Sequence[str]], capacity: Mapping[str, float]) -> list[float]:
     """Max-min fair rates: all rise together until each meets its own rate or a full resource.
 
     own: rate of each activity alone; uses: resources each one draws on, one unit per unit of rate; same unit as
@@ -39,7 +39,12 @@ class Flow:
     __slots__ = ("done", "end", "left", "own", "rate", "since", "uses", "version")
 
     def __init__(
-        self, left: float, own: float, uses: tuple[str, ...], now: int, end: int,
+        self,
+        left: float,
+        own: float,
+        uses: tuple[str, ...],
+        now: int,
+        end: int,
         done: Callable[[simpy.Event | None], None],
     ):
         self.left, self.own, self.rate, self.uses = left, own, own, uses
@@ -49,7 +54,7 @@ class Flow:
 class Fluid:
     """The resources of one host. An activity that never met contention ends exactly after its time alone."""
 
-    def __init__(self, env: simpy.Environment, capacity: Mapping[str, float]) -> None:
+    def __init__(self, env: Clock, capacity: Mapping[str, float]) -> None:
         self._env = env
         self._capacity = dict(capacity)  # bytes per ns
         self._flows: list[Flow] = []

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import simpy
 
     from moesim.engine.cache import Entry
+    from moesim.engine.clock import Clock
 
 
 class Copy:
@@ -37,7 +38,7 @@ class Copy:
 class Executor:
     """First come, first served; reports when each piece is done."""
 
-    def __init__(self, env: simpy.Environment, fluid: Fluid, uses: tuple[str, ...]) -> None:
+    def __init__(self, env: Clock, fluid: Fluid, uses: tuple[str, ...]) -> None:
         self._env, self._fluid, self._uses = env, fluid, uses
         self._queue: deque[tuple[int, int, Callable[[simpy.Event | None], None]]] = deque()
         self._busy = False
@@ -74,7 +75,7 @@ class Link:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Clock,
         fluid: Fluid,
         uses: tuple[str, ...],
         part_ns: Callable[[int], int],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import simpy
 
+from moesim.engine.clock import Clock
 from moesim.engine.events import Batch
 from moesim.errors import MemoryBudgetError
 from moesim.policies import Candidate, Scheduling
@@ -78,7 +79,7 @@ class Server:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Clock,
         device: Stepper,
         model: Model,
         workload: Workload,

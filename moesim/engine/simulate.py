@@ -12,8 +12,10 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from moesim.engine.clock import Clock
 from moesim.engine.events import NEVER, Batch, Counts, Device, Knowledge, Slots
 from moesim.engine.host_tier import HostTier
+from moesim.engine.links import Executor, Link
 from moesim.engine.serve import Limits, Server
 from moesim.policies import FCFS, GreedySLO
 from moesim.prediction import Beliefs, History
@@ -65,7 +67,7 @@ def simulate(
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
     """Serve the workload to its end. The same arguments give the same outcome, bit for bit."""
-    env = simpy.Environment(initial_time=0)
+    env = Clock()
     records = Records(detail)
     trace, table, limits = setting.trace, setting.table, setting.limits
     popularity = calibration_popularity(trace)
@@ -101,7 +103,7 @@ def simulate(
         env.run(done)
     spent = device.counts.spent
     busy = {"gpu": spent["mixer"] + spent["experts"] + spent["step"]}
-    links = {"h2d": device.h2d, "d2h": device.d2h, "nvme": device.nvme, "host": device.host}
+    links: dict[str, Link | Executor] = {"h2d": device.h2d, "d2h": device.d2h, "nvme": device.nvme, "host": device.host}
     return Outcome(
         records=records,
         counts=device.counts,
@@ -158,7 +160,7 @@ def _place(device: Device, system: System, popularity: NDArray[np.float64], trac
 class _Planner:
     """Calls for a new plan every `period` requests and hands it to the device once it is computed."""
 
-    def __init__(self, env: simpy.Environment, setting: Setting, system: System, device: Device) -> None:
+    def __init__(self, env: Clock, setting: Setting, system: System, device: Device) -> None:
         self._env, self._setting, self._refresh, self._device = env, setting, system.refresh, device
         self._history = History(setting.trace)
         self._admitted = 0
@@ -192,7 +194,7 @@ class _Planner:
 class _DryRun:
     """A device that only notes which step each row was served in; a step takes as long as its GPU work at least."""
 
-    def __init__(self, env: simpy.Environment, table: CostTable, rows: int) -> None:
+    def __init__(self, env: Clock, table: CostTable, rows: int) -> None:
         self._env, self._table = env, table
         self.step_of_row = np.full(rows, NEVER, dtype=np.int64)
         self.steps = 0
@@ -211,7 +213,7 @@ def next_uses(setting: Setting) -> NDArray[np.int32]:
     requests at hand, first come first served), close to it otherwise.
     """
     trace = setting.trace
-    env = simpy.Environment()
+    env = Clock()
     dry = _DryRun(env, setting.table, trace.tokens)
     server = Server(env, dry, setting.table.model, setting.workload, FCFS(), setting.limits, Records(False))
     env.run(env.process(server.run()))
@@ -233,7 +235,7 @@ def next_uses(setting: Setting) -> NDArray[np.int32]:
 class _Ideal:
     """A device whose steps take what physics asks: all experts resident, nominal rates, nothing else."""
 
-    def __init__(self, env: simpy.Environment, setting: Setting) -> None:
+    def __init__(self, env: Clock, setting: Setting) -> None:
         self._env, self._trace, self._table = env, setting.trace, setting.table
 
     def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
@@ -244,7 +246,7 @@ class _Ideal:
 
 def ceiling(setting: Setting) -> Records:
     """The same workload at the physical ceiling of the GPU."""
-    env, records = simpy.Environment(), Records(False)
+    env, records = Clock(), Records(False)
     limits = replace(setting.limits, kv_bytes=1 << 62)
     server = Server(env, _Ideal(env, setting), setting.table.model, setting.workload, FCFS(), limits, records)
     env.run(env.process(server.run()))

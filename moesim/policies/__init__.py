@@ -10,4 +10,5 @@ from moesim.policies.transfer import Transfer
 __all__ = [
     "BELADY", "FCFS", "FIFO", "HOT", "LFU", "LRU", "PLAN", "RANDOM",
     "Candidate", "Eviction", "GreedySLO", "Misses", "Placement", "Prefetch", "Refresh", "Scheduling", "Transfer",
+    "cheaper", "reroute",
 ]  # fmt: skip

@@ -86,7 +86,6 @@ def test_no_flow_ends_before_its_time_alone_and_bytes_take_their_time(flows, cap
     ends = run({"dram": capacity}, flows)
     for end, (start, _, alone, _) in zip(ends, flows, strict=True):
         assert end >= start + alone
-    total = sum(nbytes for _, nbytes, _, _ in flows)
-    rate = max(capacity, max(n / a for _, n, a, _ in flows)) if len(flows) == 1 else capacity
-    if len(flows) > 1 and all(n / a <= capacity for _, n, a, _ in flows):
-        assert max(ends) - min(f[0] for f in flows) >= total / rate - 1
+    if all(n / a <= capacity for _, n, a, _ in flows):
+        total = sum(nbytes for _, nbytes, _, _ in flows)
+        assert max(ends) - min(f[0] for f in flows) >= total / capacity - 1

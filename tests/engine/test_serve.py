@@ -21,7 +21,9 @@ def queue_waits(tokens_per_request, rate, service_ns):
     """Waiting times before admission of a queue with one server, in units of the mean service time."""
     count = len(tokens_per_request)
     trace = make_trace(np.zeros((1, 1, 1)), 1)
-    requests = tuple(Request(f"r{i}", "", 0, 0, np.empty(0, int), np.zeros(n, int)) for i, n in enumerate(tokens_per_request))
+    requests = tuple(
+        Request(f"r{i}", "", 0, 0, np.empty(0, int), np.zeros(n, int)) for i, n in enumerate(tokens_per_request)
+    )
     workload = with_arrivals(Workload(requests, ""), rate, 1.0, seed=3)
     table = FakeTable(1, mixer=service_ns, per_expert=0)
     out = simulate(setting(trace, 1, workload=workload, table=table), load_system("all-resident"))

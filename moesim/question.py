@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from moesim.records import Records
 from moesim.systems import System, load_system, with_setting
 from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
-from moesim.units import format_size
 from moesim.workload import Workload, first, from_trace, read_workload, with_arrivals, with_slo
 
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
@@ -163,7 +160,8 @@ def run(
         system = with_setting(system, setting)
     scene = Scene(trace, question)
     ledger = scene.ledger(system)
-    if ledger.verdict == "OOM":
+    per_layer = system.cache and system.misses.keep and system.eviction.scope == "layer"
+    if ledger.verdict == "OOM" or (ledger.verdict == "CACHE_DISABLED" and per_layer):
         return Run(_infeasible(scene, system, ledger), Records(False), ())
     outcome = _simulate(scene, system, ledger, detail)
     return Run(
@@ -214,9 +212,7 @@ def _numbers(outcome: Outcome) -> dict[str, Any]:
     records, counts = outcome.records, outcome.counts
     throughput = metrics.throughput_metrics(records)
     moved = outcome.link_bytes
-    cache = metrics.cache_metrics(
-        counts, moved["h2d"], moved["d2h"], moved["nvme"], throughput["total_output_tokens"]
-    )
+    cache = metrics.cache_metrics(counts, moved["h2d"], moved["d2h"], moved["nvme"], throughput["total_output_tokens"])
     return throughput | metrics.latency_metrics(records) | cache
 
 
@@ -231,9 +227,7 @@ def _infeasible(scene: Scene, system: System, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _status(
-    scene: Scene, system: System, ledger: Ledger, outcome: Outcome, numbers: dict[str, Any]
-) -> tuple[str, str]:
+def _status(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, numbers: dict[str, Any]) -> tuple[str, str]:
     """The memory's verdict, or what only the run could show."""
     arrivals = outcome.records.requests.column("arrival")
     span = int(arrivals.max() - arrivals.min())
@@ -306,11 +300,10 @@ def _anchors(scene: Scene, system: System, ledger: Ledger, numbers: dict[str, An
     sample = _sample(scene)
     whole = len(sample.workload.requests) == len(scene.workload.requests)
     base = numbers if whole else _numbers(_simulate(sample, system, ledger, shown=False))
-    runs: list[Callable[[], dict[str, Any]]] = [lambda s=name: _anchor(sample, s) for name in ANCHORS.values()]
     found: dict[str, Any] = {}
-    with progress("anchors and error bar", len(runs) + 3) as advance:
-        for name, anchor in zip(ANCHORS, runs, strict=True):
-            found[name] = anchor()
+    with progress("anchors and error bar", len(ANCHORS) + 3) as advance:
+        for name, anchor in ANCHORS.items():
+            found[name] = _anchor(sample, anchor)
             advance()
         band = {}
         for scale in ("low", "high"):
@@ -359,7 +352,9 @@ def _anchor(scene: Scene, name: str) -> dict[str, Any]:
     if system.all_resident:  # the anchor is what it would be if memory were no object
         ledger = replace(ledger, verdict="FITS")
     try:
-        return _brief(_numbers(_simulate(scene, system, ledger, shown=False))) | {"fits": scene.ledger(system).verdict != "OOM"}
+        return _brief(_numbers(_simulate(scene, system, ledger, shown=False))) | {
+            "fits": scene.ledger(system).verdict != "OOM"
+        }
     except MemoryBudgetError as error:
         return {"error": str(error)}
 
@@ -367,92 +362,3 @@ def _anchor(scene: Scene, name: str) -> dict[str, Any]:
 def _brief(numbers: dict[str, Any]) -> dict[str, Any]:
     names = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "hit_rate", "h2d_bytes_per_token")
     return {name: numbers[name] for name in names}
-
-
-# -- for people ---------------------------------------------------------------------------------------------------
-
-
-def format_run(run: Run) -> str:
-    """The page `moesim replay` prints."""
-    s = run.summary
-    inputs, m = s["inputs"], s["metrics"]
-    lines = [
-        f"{inputs['system']['name']} serving {inputs['model']['name']} on {inputs['machine']['name']}: {s['status']}"
-        + (f" ({s['status_reason']})" if s["status_reason"] else ""),
-        f"trace {inputs['trace']['model']}, {inputs['trace']['provenance']} routing, "
-        f"{inputs['workload']['requests']} requests {inputs['workload']['arrivals']}, "
-        f"at most {inputs['workload']['max_concurrency']} at once; costs: {inputs['costs']}",
-    ]
-    if m:
-        lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
-    lines += ["", *_memory_lines(s["memory"])]
-    lines += [f"note: {note}" for note in s["notes"]]
-    return "\n".join(lines)
-
-
-def _speed_lines(s: dict[str, Any]) -> list[str]:
-    m, band = s["metrics"], s.get("uncertainty", {})
-    low_high = band.get("output_throughput")
-    error = f"  ({low_high[0]:.4g} to {low_high[1]:.4g} over the cost band)" if low_high else ""
-    lines = [
-        f"output        {m['output_throughput']:.4g} tok/s{error}",
-        f"served        {m['completed']} requests, {m['total_input_tokens']} prompt and {m['total_output_tokens']} "
-        f"output tokens in {m['duration_s']:.4g} s",
-        "latency, ms       mean       p50       p90       p99",
-    ]
-    for name in ("ttft", "tpot", "itl", "e2el"):
-        if m[f"mean_{name}_ms"] is not None:
-            values = (m[f"mean_{name}_ms"], *(m[f"p{p}_{name}_ms"] for p in (50, 90, 99)))
-            lines.append(f"  {name.upper():8}" + "".join(f"{value:10.4g}" for value in values))
-    return lines
-
-
-def _expert_lines(s: dict[str, Any]) -> list[str]:
-    m = s["metrics"]
-    gib = 2**30
-    lines = [
-        f"experts       {m['lookups']} lookups: {m['hit_rate']:.1%} hit, {m['late_rate']:.1%} late, "
-        f"{m['miss_rate']:.1%} missed",
-        f"moved         {m['h2d_bytes'] / gib:.4g} GiB to the GPU ({m['prefetch_useful_bytes'] / gib:.3g} prefetched and "
-        f"used, {m['prefetch_wasted_bytes'] / gib:.3g} in vain), {m['d2h_bytes'] / gib:.3g} back, "
-        f"{m['nvme_bytes'] / gib:.3g} from NVMe",
-        f"stall         {m['stall_ms_per_token']:.4g} ms per token",
-    ]
-    fidelity = s["routing_fidelity"]
-    if fidelity["exact"] < 1:
-        lines.append(
-            f"routing       {fidelity['exact']:.1%} of the routed weight as chosen, {fidelity['rerouted']:.1%} rerouted, "
-            f"{fidelity['skipped']:.1%} skipped"
-        )
-    return lines
-
-
-def _limit_lines(s: dict[str, Any]) -> list[str]:
-    b = s["bottleneck"]
-    shares = sorted(b["critical_path"].items(), key=lambda item: -item[1])
-    lines = [
-        f"limited by    {b['explanation']}",
-        "critical path " + ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005),
-    ]
-    if "ceiling" in s:
-        c = s["ceiling"]
-        lines.append(f"ceiling       {c['output_throughput']:.4g} tok/s; {c['reached']:.1%} of it reached ({c['basis']})")
-        sample = s["anchors"]["of_sample"]
-        lines.append(f"anchors, tok/s on the first {sample['requests']} requests:")
-        rows = [("this policy", sample["policy"]), *((name, s["anchors"][name]) for name in ANCHORS)]
-        for name, row in rows:
-            if "error" in row:
-                lines.append(f"  {name:13} {row['error']}")
-                continue
-            fits = "" if row.get("fits", True) else "  (does not fit this machine)"
-            lines.append(f"  {name:13} {row['output_throughput']:9.4g}   hit rate {row['hit_rate']:.1%}{fits}")
-    return lines
-
-
-def _memory_lines(memory: dict[str, Any]) -> list[str]:
-    lines = []
-    for tier, name in (("gpu_bytes", "GPU memory"), ("host_bytes", "host memory"), ("nvme_bytes", "NVMe")):
-        if memory[tier]:
-            entries = ", ".join(f"{what} {format_size(size)}" for what, size in memory[tier].items())
-            lines.append(f"{name:13} {entries}")
-    return lines

@@ -1,0 +1,128 @@
+"""Seconds from bytes and operations: rooflines with measured efficiencies and fixed costs (docs/costs.md).
+
+Every primitive is `fixed + soft roofline`, so it never falls when tokens, bytes or experts grow, and never rises
+when a bandwidth or an operation rate does.
+"""
+
+from __future__ import annotations
+
+import math
+
+from moesim.efficiencies import efficiencies
+from moesim.errors import MachineError
+from moesim.machine import Machine
+
+_SHARPNESS = (
+    4  # of the corner between memory and compute: best of 1 to 8 on the H200 and H100 GEMM tables, 2 % worse on A100
+)
+
+
+class Roofline:
+    """The primitives a cost table is made of, for one device of `machine`.
+
+    scale: `low` and `high` take the pessimistic and optimistic end of every term: the band of a prediction that rests
+    on specification sheets. graph: kernels are launched as CUDA graphs.
+    """
+
+    label = "specification-sheet"
+
+    def __init__(self, machine: Machine, scale: str = "default", graph: bool = True) -> None:
+        self.machine = machine
+        self.terms = e = efficiencies(scale, machine.efficiencies)
+        gpu, host, pcie = machine.gpu, machine.host, machine.pcie
+        self._hbm = gpu.hbm_gbps * 1e9
+        self._flops = gpu.tflops * 1e12
+        self._flops8 = (gpu.fp8_tflops or gpu.tflops) * 1e12
+        self._eager = 0.0 if graph else e.eager_us * 1e-6
+        share = {"desktop": e.dram_desktop, "workstation": e.dram_workstation, "server": e.dram_server}
+        numa = (e.numa_duplicated if host.numa_duplicated else e.numa_split) ** math.log2(host.sockets)
+        dram = gpu.hbm_gbps if machine.unified else host.dram_gbps
+        self.dram_gbps = dram * max(numa, 1.0)  # what every reader of host memory shares
+        self.host_gbps = dram * numa * share[host.platform]  # what expert kernels reach
+        self.copy_gbps = pcie.gbps * e.link * (1.0 if host.pinned else e.pageable)
+        self.duplex_gbps = max(self.copy_gbps, pcie.duplex_gbps or pcie.gbps * e.duplex)
+        self.read_gbps = machine.nvme.gbps * e.nvme if machine.nvme else 0.0
+        self._copy_s = (e.copy_us if pcie.overhead_us is None else pcie.overhead_us) * 1e-6
+        nvme_us = machine.nvme.overhead_us if machine.nvme else None
+        self._read_s = (e.nvme_us if nvme_us is None else nvme_us) * 1e-6
+
+    # The GPU
+
+    def gemm(self, rows: int, params: float, nbytes: float, bits: float = 16, kernels: int = 1) -> float:
+        """`rows` tokens times `params` weights of `nbytes` in all, in `kernels` kernels; 0 rows cost nothing."""
+        if not rows or not params:
+            return 0.0
+        e = self.terms
+        memory = nbytes / (self._hbm * e.hbm)
+        compute = 2 * rows * params / (self._rate(bits) * e.mfu)
+        return kernels * e.kernel_us * 1e-6 + _soft(memory, compute)
+
+    def grouped(self, active: int, pairs: int, *, params: int, nbytes: float, pair_bytes: float, bits: float) -> float:
+        """`pairs` (token, expert) pairs over `active` experts of `params` weights and `nbytes` each, in one kernel.
+
+        pair_bytes: activations read and written per pair.
+        """
+        if not active or not pairs:
+            return 0.0
+        e = self.terms
+        memory = (active * nbytes + pairs * pair_bytes) / (self._hbm * e.hbm_grouped)
+        compute = 2 * pairs * params / (self._rate(bits) * e.mfu_grouped)
+        return e.grouped_us * 1e-6 + _soft(memory, compute)
+
+    def attention(self, nbytes: float, flops: float) -> float:
+        """One attention kernel that reads `nbytes` of keys and values and needs `flops`."""
+        e = self.terms
+        memory = nbytes / (self._hbm * e.hbm_attention)
+        return e.attention_us * 1e-6 + _soft(memory, flops / (self._flops * e.mfu_attention))
+
+    def layer(self, nbytes: float) -> float:
+        """A layer's small kernels, which move `nbytes` of activations, and its launch outside a CUDA graph."""
+        return self._eager + self.terms.layer_us * 1e-6 + nbytes / (self._hbm * self.terms.hbm)
+
+    def routing(self) -> float:
+        """The host reads a layer's routing before it can bring experts in."""
+        return self.terms.route_us * 1e-6
+
+    def step(self, sequences: int) -> float:
+        """The host's work for one step, sampling for `sequences` sequences included."""
+        sample = self.terms.sample_us * (0.9 + 0.1 * sequences) if sequences else 0.0
+        return (self.terms.step_us + sample) * 1e-6
+
+    # The host and the links
+
+    def host_expert(self, tokens: int, params: int, nbytes: float) -> float:
+        """One expert on the CPU: reading it from DRAM or unpacking and multiplying it, whichever takes longer."""
+        if not tokens:
+            return 0.0
+        e, host = self.terms, self.machine.host
+        per_weight = 1 / e.core_gweights + 2 * tokens / e.core_gflops
+        return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / (host.cores * host.sockets))
+
+    def handoff(self) -> float:
+        """A layer with experts on the CPU: activations down, results up, two synchronisations."""
+        return self.terms.handoff_us * 1e-6
+
+    def copy(self, nbytes: float, parts: int = 1) -> float:
+        """Host to device, or back, on an idle link; the fixed time is paid for each of `parts` transfers."""
+        return 0.0 if self.machine.unified else parts * self._copy_s + nbytes / (self.copy_gbps * 1e9)
+
+    def read(self, nbytes: float) -> float:
+        """NVMe to memory, nothing cached; MachineError where there is no drive."""
+        if not self.read_gbps:
+            raise MachineError(f"machine '{self.machine.name}' has no NVMe drive to read experts from; set nvme.gbps")
+        return self._read_s + nbytes / (self.read_gbps * 1e9)
+
+    # The ceiling
+
+    def ceiling(self, nbytes: float, flops: float) -> float:
+        """Bytes at nominal bandwidth and operations at the fastest 8 or 16 bit rate, overlapped, nothing else."""
+        return max(nbytes / self._hbm, flops / max(self._flops, self._flops8))
+
+    def _rate(self, bits: float) -> float:
+        """FP8 checkpoints (8 bits) run on FP8 tensor cores; every other format is unpacked to 16 bits first."""
+        return self._flops8 if 8 <= bits < 8.1 else self._flops
+
+
+def _soft(memory: float, compute: float) -> float:
+    """The corner of the roofline rounded: the p-norm of both times."""
+    return float((memory**_SHARPNESS + compute**_SHARPNESS) ** (1 / _SHARPNESS))

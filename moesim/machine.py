@@ -1,0 +1,186 @@
+"""Machine: devices, memories and links, as specification sheets and users state them.
+
+Memory is in bytes, rates in decimal GB/s (bytes per ns), tensor rates in dense TFLOPS at bf16.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moesim.efficiencies import read_table
+from moesim.errors import MachineError, nearest
+from moesim.units import GIB, format_size
+
+PROVENANCE = "specification-sheet"
+PLATFORMS = ("desktop", "workstation", "server")  # how far a CPU's expert kernels get with its DRAM
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """tflops: dense bf16 (fp16 before Ampere); None where no source states a rate."""
+
+    name: str
+    memory_bytes: int
+    hbm_gbps: float
+    tflops: float
+    fp8_tflops: float | None = None
+    fp4_tflops: float | None = None
+    sm: str = ""
+    tdp_w: float | None = None
+    nvlink_gbps: float | None = None  # one direction
+
+
+@dataclass(frozen=True)
+class Host:
+    """dram_gbps is what one socket's memory sustains when measured (mlc, STREAM), not channels x speed; cores are
+    one socket's, memory_bytes all sockets'.
+
+    numa_duplicated: every socket holds all experts, which multiplies their memory; pinned: expert copies start from
+    page-locked memory; reserve_bytes: what the operating system and other programs keep.
+    """
+
+    name: str
+    platform: str
+    memory_bytes: int
+    dram_gbps: float
+    cores: int
+    sockets: int = 1
+    numa_duplicated: bool = False
+    pinned: bool = True
+    reserve_bytes: int = 4 * GIB
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction's sustained rate; None stands for the term in terms.csv: time per transfer, both directions."""
+
+    gbps: float
+    overhead_us: float | None = None
+    duplex_gbps: float | None = None
+
+
+@dataclass(frozen=True)
+class Nvme:
+    """Cold reads of expert size, several at a time."""
+
+    gbps: float
+    overhead_us: float | None = None
+
+
+@dataclass(frozen=True)
+class Prices:
+    """US dollars per hour and GPU; None where no source was found."""
+
+    usd_per_hour: float | None = None
+    usd_per_hour_low: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
+
+    assumed: what no source states; efficiencies: terms measured on this machine, which then have no band.
+    """
+
+    name: str
+    gpu: Gpu
+    host: Host
+    pcie: Link
+    nvme: Nvme | None = None
+    gpus: int = 1
+    unified: bool = False
+    provenance: str = PROVENANCE
+    efficiencies: tuple[tuple[str, float], ...] = ()
+    prices: Prices = Prices()
+    assumed: str = ""
+    source: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain values."""
+        return asdict(self)
+
+    @property
+    def summary(self) -> str:
+        """One line: `1 x rtx-4090, 24 GiB at 1008 GB/s; host 128 GiB at 77 GB/s; PCIe 25.5 GB/s`."""
+        gpu, host = self.gpu, self.host
+        text = f"{self.gpus} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        if self.unified:
+            return f"{text}, shared with {host.cores} CPU cores"
+        host_text = f"host {format_size(host.memory_bytes)} at {host.dram_gbps:g} GB/s, {host.cores} cores"
+        return f"{text}; {host_text}; PCIe {self.pcie.gbps:g} GB/s"
+
+
+def load_machine(spec: str | Path) -> Machine:
+    """A machine of the catalogue by name or alias, or a YAML or JSON file that changes one.
+
+    Raises MachineError for an unknown name, an unreadable file, or a value that cannot be.
+    """
+    text = str(spec)
+    if Path(text).suffix.lower() in (".yaml", ".yml", ".json"):
+        from moesim.machine_file import read_machine
+
+        return read_machine(Path(text))
+    known = catalogue()
+    names = {_key(name): name for name in known}
+    for row in read_table("machines"):
+        names.update({_key(alias): row["name"] for alias in row["aliases"].split()})
+    if _key(text) not in names:
+        hint = nearest(text, [*known, *(a for row in read_table("machines") for a in row["aliases"].split())])
+        raise MachineError(f"machine '{text}': not in the catalogue{hint} (or write a YAML file)")
+    return known[names[_key(text)]]
+
+
+def _key(name: str) -> str:
+    """Names are matched without case, blanks and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+@cache
+def catalogue() -> dict[str, Machine]:
+    """Every known machine by name: one GPU in a host of its class."""
+    hosts = {row["name"]: row for row in read_table("hosts")}
+    links = {row["name"]: Link(float(row["gbps"])) for row in read_table("links")}
+    return {row["name"]: _from_row(row, hosts[row["host"]], links) for row in read_table("machines")}
+
+
+def _from_row(row: dict[str, str], host: dict[str, str], links: dict[str, Link]) -> Machine:
+    gpu = Gpu(
+        name=row["name"],
+        memory_bytes=int(row["memory_bytes"]),
+        hbm_gbps=float(row["hbm_gbps"]),
+        tflops=float(row["tflops"]),
+        fp8_tflops=_number(row["fp8_tflops"]),
+        fp4_tflops=_number(row["fp4_tflops"]),
+        sm=row["sm"],
+        tdp_w=_number(row["tdp_w"]),
+        nvlink_gbps=_number(row["nvlink_gbps"]),
+    )
+    unified = row["unified"] == "yes"
+    memory = gpu.memory_bytes if unified else int(host["memory_gib"]) * GIB
+    return Machine(
+        name=row["name"],
+        gpu=gpu,
+        host=Host(
+            name=host["name"],
+            platform=host["platform"],
+            memory_bytes=memory,
+            dram_gbps=gpu.hbm_gbps if unified else float(host["dram_gbps"]),
+            cores=int(host["cores"]),
+            reserve_bytes=int(host["reserve_gib"]) * GIB,
+        ),
+        pcie=Link(gpu.hbm_gbps) if unified else links[row["link"]],
+        nvme=Nvme(float(host["nvme_gbps"])),
+        unified=unified,
+        prices=Prices(_number(row["usd_per_hour"]), _number(row["usd_per_hour_low"]), row["price_source"]),
+        assumed=row["assumed"],
+        source=row["source"],
+    )
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None

@@ -1,0 +1,95 @@
+"""The pages `moesim replay` prints for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesim.question import ANCHORS, Run
+from moesim.units import GIB, format_size
+
+
+def format_run(run: Run) -> str:
+    """The page `moesim replay` prints."""
+    s = run.summary
+    inputs, m = s["inputs"], s["metrics"]
+    lines = [
+        f"{inputs['system']['name']} serving {inputs['model']['name']} on {inputs['machine']['name']}: {s['status']}"
+        + (f" ({s['status_reason']})" if s["status_reason"] else ""),
+        f"trace {inputs['trace']['model']}, {inputs['trace']['provenance']} routing, "
+        f"{inputs['workload']['requests']} requests {inputs['workload']['arrivals']}, "
+        f"at most {inputs['workload']['max_concurrency']} at once; costs: {inputs['costs']}",
+    ]
+    if m:
+        lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
+    lines += ["", *_memory_lines(s["memory"])]
+    lines += [f"note: {note}" for note in s["notes"]]
+    return "\n".join(lines)
+
+
+def _speed_lines(s: dict[str, Any]) -> list[str]:
+    m, band = s["metrics"], s.get("uncertainty", {})
+    low_high = band.get("output_throughput")
+    error = f"  ({low_high[0]:.4g} to {low_high[1]:.4g} over the cost band)" if low_high else ""
+    lines = [
+        f"output        {m['output_throughput']:.4g} tok/s{error}",
+        f"served        {m['completed']} requests, {m['total_input_tokens']} prompt and {m['total_output_tokens']} "
+        f"output tokens in {m['duration_s']:.4g} s",
+        "latency, ms       mean       p50       p90       p99",
+    ]
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        if m[f"mean_{name}_ms"] is not None:
+            values = (m[f"mean_{name}_ms"], *(m[f"p{p}_{name}_ms"] for p in (50, 90, 99)))
+            lines.append(f"  {name.upper():8}" + "".join(f"{value:10.4g}" for value in values))
+    return lines
+
+
+def _expert_lines(s: dict[str, Any]) -> list[str]:
+    m = s["metrics"]
+    lines = [
+        f"experts       {m['lookups']} lookups: {m['hit_rate']:.1%} hit, {m['late_rate']:.1%} late, "
+        f"{m['miss_rate']:.1%} missed",
+        f"moved         {m['h2d_bytes'] / GIB:.4g} GiB to the GPU ({m['prefetch_useful_bytes'] / GIB:.3g} prefetched "
+        f"and used, {m['prefetch_wasted_bytes'] / GIB:.3g} in vain), {m['d2h_bytes'] / GIB:.3g} back, "
+        f"{m['nvme_bytes'] / GIB:.3g} from NVMe",
+        f"stall         {m['stall_ms_per_token']:.4g} ms per token",
+    ]
+    fidelity = s["routing_fidelity"]
+    if fidelity["exact"] < 1:
+        lines.append(
+            f"routing       {fidelity['exact']:.1%} of the routed weight as chosen, "
+            f"{fidelity['rerouted']:.1%} rerouted, {fidelity['skipped']:.1%} skipped"
+        )
+    return lines
+
+
+def _limit_lines(s: dict[str, Any]) -> list[str]:
+    b = s["bottleneck"]
+    shares = sorted(b["critical_path"].items(), key=lambda item: -item[1])
+    lines = [
+        f"limited by    {b['explanation']}",
+        "critical path " + ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005),
+    ]
+    if "ceiling" in s:
+        c = s["ceiling"]
+        lines.append(
+            f"ceiling       {c['output_throughput']:.4g} tok/s; {c['reached']:.1%} of it reached ({c['basis']})"
+        )
+        sample = s["anchors"]["of_sample"]
+        lines.append(f"anchors, tok/s on the first {sample['requests']} requests:")
+        rows = [("this policy", sample["policy"]), *((name, s["anchors"][name]) for name in ANCHORS)]
+        for name, row in rows:
+            if "error" in row:
+                lines.append(f"  {name:13} {row['error']}")
+                continue
+            fits = "" if row.get("fits", True) else "  (does not fit this machine)"
+            lines.append(f"  {name:13} {row['output_throughput']:9.4g}   hit rate {row['hit_rate']:.1%}{fits}")
+    return lines
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    lines = []
+    for tier, name in (("gpu_bytes", "GPU memory"), ("host_bytes", "host memory"), ("nvme_bytes", "NVMe")):
+        if memory[tier]:
+            entries = ", ".join(f"{what} {format_size(size)}" for what, size in memory[tier].items())
+            lines.append(f"{name:13} {entries}")
+    return lines

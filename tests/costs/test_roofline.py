@@ -1,0 +1,182 @@
+"""Primitives: hand-computed anchors, and that more work is never cheaper nor more bandwidth slower."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesim.costs.roofline import Roofline
+from moesim.efficiencies import SCALES, Efficiencies, terms
+from moesim.errors import MachineError
+from moesim.machine import Machine, catalogue, load_machine
+
+# every share 1, every fixed cost 0: the bare roofline
+IDEAL = tuple(
+    (name, {"us": 0.0, "Gweights/s": 1e9, "GFLOP/s": 1e9}.get(term.unit, 1.0)) for name, term in terms().items()
+)
+machines = st.sampled_from(list(catalogue().values()))
+scales = st.sampled_from(SCALES)
+counts = st.integers(1, 10_000)
+sizes = st.integers(1, 10**9)
+work = st.tuples(counts, sizes, counts)  # tokens, bytes, experts
+more = st.tuples(st.integers(0, 1000), st.integers(0, 10**8), st.integers(0, 100))
+
+
+def ideal(name: str = "a100") -> Machine:
+    return replace(load_machine(name), efficiencies=IDEAL)
+
+
+def test_anchor_gemm() -> None:
+    """2039 MB on an A100 take 1 ms; 156 GFLOP take 0.5 ms; rounded corner: 4-norm of both."""
+    costs = Roofline(ideal())
+    assert costs.gemm(1, 1, 2039e6) == pytest.approx(1e-3)
+    assert costs.gemm(78, 1e9, 0) == pytest.approx(0.5e-3)
+    assert costs.gemm(78, 1e9, 2039e6) == pytest.approx((1e-3**4 + 0.5e-3**4) ** 0.25)
+
+
+def test_anchor_fp8_weights_use_fp8_cores() -> None:
+    costs = Roofline(ideal("h200"))
+    sixteen, eight, q8 = (costs.gemm(10**4, 10**8, 0, bits) for bits in (16, 8, 8.5))
+    assert sixteen == pytest.approx(2 * eight)
+    assert q8 == sixteen
+
+
+def test_anchor_grouped() -> None:
+    """Two experts of 500 MB and 4 pairs that move 9.75 MB each: 1039 MB."""
+    costs = Roofline(ideal())
+    assert costs.grouped(2, 4, params=1, nbytes=500e6, pair_bytes=9.75e6, bits=16) == pytest.approx(1039 / 2039e3)
+
+
+def test_anchor_copy() -> None:
+    """Mixtral's 352 MB over PCIe Gen4: 13.8 ms; three copies pay the fixed time three times."""
+    costs = Roofline(load_machine("rtx-4090"))
+    overhead = terms()["copy_us"].default * 1e-6
+    assert costs.copy(352_321_536) == pytest.approx(352_321_536 / 25.5e9 + overhead)
+    assert costs.copy(352_321_536, 3) - costs.copy(352_321_536) == pytest.approx(2 * overhead)
+
+
+def test_anchor_host_expert() -> None:
+    """77 GB/s x 0.85; with the cores as the limit: 1e8 weights at 1/30 + 2/120 ns each over 16 cores."""
+    costs = Roofline(load_machine("rtx-4090"))
+    assert costs.host_expert(1, 10**8, 10**9) == pytest.approx(1 / (77 * 0.85))
+    assert costs.host_expert(1, 10**8, 0) == pytest.approx(1e-9 * 1e8 * (1 / 30 + 2 / 120) / 16)
+
+
+def test_pageable_memory_and_transfer_overhead() -> None:
+    machine = load_machine("rtx-4090")
+    pageable = replace(machine, host=replace(machine.host, pinned=False))
+    assert Roofline(pageable).copy_gbps == pytest.approx(25.5 * terms()["pageable"].default)
+    exact = replace(machine, pcie=replace(machine.pcie, overhead_us=7.0))
+    assert [Roofline(exact, scale).copy(0) for scale in SCALES] == [7e-6] * 3
+
+
+def test_two_sockets() -> None:
+    """Duplicated experts: 1.4 times one socket; spread over both: half of one, and copies are no faster."""
+    machine = load_machine("h200")
+    one = Roofline(machine)
+    both = Roofline(replace(machine, host=replace(machine.host, sockets=2, numa_duplicated=True)))
+    split = Roofline(replace(machine, host=replace(machine.host, sockets=2)))
+    assert both.host_gbps == pytest.approx(1.4 * one.host_gbps)
+    assert split.host_gbps == pytest.approx(0.5 * one.host_gbps)
+    assert split.dram_gbps == one.dram_gbps
+
+
+def test_graph_switch_costs_every_layer() -> None:
+    machine = load_machine("rtx-a6000")
+    extra = Roofline(machine, graph=False).layer(0) - Roofline(machine).layer(0)
+    assert extra == pytest.approx(740e-6)
+
+
+def test_unified_memory_has_no_copies() -> None:
+    costs = Roofline(load_machine("strix-halo"))
+    assert costs.copy(10**9) == 0
+    assert costs.dram_gbps == 256
+
+
+def test_no_drive_is_an_error_when_read() -> None:
+    with pytest.raises(MachineError, match="has no NVMe drive"):
+        Roofline(replace(load_machine("t4"), nvme=None)).read(1)
+
+
+def test_nothing_costs_nothing() -> None:
+    costs = Roofline(load_machine("t4"))
+    assert costs.gemm(0, 10, 10) == costs.gemm(10, 0, 0) == costs.host_expert(0, 10, 10) == 0
+    assert costs.grouped(0, 0, params=10, nbytes=10, pair_bytes=1, bits=16) == 0
+
+
+def every(costs: Roofline, tokens: int, nbytes: int, active: int) -> list[float]:
+    """Every primitive, in one order."""
+    return [
+        costs.gemm(tokens, nbytes, nbytes),
+        costs.grouped(active, active + tokens, params=nbytes, nbytes=nbytes, pair_bytes=8, bits=8),
+        costs.attention(nbytes, tokens * 1e6),
+        costs.layer(nbytes),
+        costs.step(tokens),
+        costs.host_expert(tokens, nbytes, nbytes),
+        costs.copy(nbytes, active),
+        costs.read(nbytes),
+        costs.ceiling(nbytes, tokens * 1e6),
+        costs.handoff(),
+        costs.routing(),
+    ]
+
+
+@given(machines, scales, work, more)
+def test_more_work_is_never_cheaper(machine, scale, base, extra) -> None:
+    costs = Roofline(machine, scale)
+    less = every(costs, *base)
+    grown = every(costs, *(a + b for a, b in zip(base, extra, strict=True)))
+    assert all(a <= b * (1 + 1e-12) for a, b in zip(less, grown, strict=True))
+
+
+@given(machines, st.floats(1, 4), counts, sizes, counts)
+def test_more_bandwidth_is_never_slower(machine, factor, tokens, nbytes, active) -> None:
+    gpu, host, pcie, nvme = machine.gpu, machine.host, machine.pcie, machine.nvme
+    assert nvme is not None
+    faster = replace(
+        machine,
+        gpu=replace(gpu, hbm_gbps=gpu.hbm_gbps * factor, tflops=gpu.tflops * factor),
+        host=replace(host, dram_gbps=host.dram_gbps * factor),
+        pcie=replace(pcie, gbps=pcie.gbps * factor),
+        nvme=replace(nvme, gbps=nvme.gbps * factor),
+    )
+    old, new = every(Roofline(machine), tokens, nbytes, active), every(Roofline(faster), tokens, nbytes, active)
+    assert all(b <= a * (1 + 1e-12) for a, b in zip(old, new, strict=True))
+
+
+@given(machines, counts, sizes, counts)
+def test_the_band_encloses_the_default(machine, tokens, nbytes, active) -> None:
+    low, default, high = (every(Roofline(machine, scale), tokens, nbytes, active) for scale in SCALES)
+    assert all(c <= b * (1 + 1e-12) and b <= a * (1 + 1e-12) for a, b, c in zip(low, default, high, strict=True))
+
+
+@given(machines, counts, sizes, counts)
+def test_nothing_beats_the_ceiling(machine, tokens, nbytes, active) -> None:
+    costs = Roofline(machine, "high")
+    bare = costs.ceiling(nbytes, 2 * tokens * nbytes)
+    assert costs.gemm(tokens, nbytes, nbytes) >= bare * 0.999
+    assert costs.grouped(1, tokens, params=nbytes, nbytes=nbytes, pair_bytes=0, bits=8) >= bare * 0.999
+
+
+@pytest.mark.parametrize("name", Efficiencies.__dataclass_fields__)
+def test_every_term_changes_something(name: str) -> None:
+    """No term is decoration: halving or doubling it changes a primitive on some machine."""
+    machine = load_machine("h200")
+    host = replace(machine.host, sockets=2, numa_duplicated=name != "numa_split", pinned=name != "pageable")
+    platform = name.removeprefix("dram_") if name.startswith("dram_") else "desktop"
+    machine = replace(machine, host=replace(host, platform=platform))
+
+    def answers(**given: float) -> list[object]:
+        costs = Roofline(replace(machine, efficiencies=tuple(given.items())), graph=False)
+        rates = [costs.copy_gbps, costs.duplex_gbps, costs.host_gbps, costs.read_gbps]
+        small, large = every(costs, 1, 1000, 1), every(costs, 5000, 10**8, 4)
+        return [*rates, *small, *large, costs.attention(0, 1e12), costs.host_expert(1, 10**8, 1)]
+
+    value = terms()[name].default
+    assert answers(**{name: value}) == answers()
+    assert (
+        answers(**{name: value * (1.5 if name == "duplex" else 0.5) / (1.0 if name != "duplex" else 1.2)}) != answers()
+    )
