@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-OK, FAILED, USAGE, INFEASIBLE = 0, 1, 2, 3
+OK, FAILED, USAGE, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 TracePath = Annotated[Path, typer.Argument(help="Routing trace (.parquet); `moesim trace import` makes one.")]
 ModelOption = Annotated[
@@ -246,13 +246,20 @@ _mount()
 def main() -> None:
     """Entry point: one line per error, with the exit code it stands for."""
     try:
-        sys.exit(app(standalone_mode=False) or OK)
+        code = app(standalone_mode=False) or OK
+        if code == INTERRUPTED:
+            _fail("interrupted; nothing was written", code)
+        sys.exit(code)
     except MoesimError as error:
         _fail(str(error), USAGE)
     except typer.TyperException as error:  # an unknown option or a value of the wrong kind
-        _fail(str(error), USAGE)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+        message = error.format_message()
+        if "Usage:" in message:  # a command that needs another word: its help
+            sys.stderr.write(message + "\n")
+            sys.exit(USAGE)
+        _fail(message, USAGE)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(FAILED)

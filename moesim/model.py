@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -47,11 +46,6 @@ def load_model(spec: str) -> Model:
 def catalogue() -> list[str]:
     """Every name `load_model` knows, in the order of the catalogue; `data/*.json` configs follow."""
     return [*_rows(), *(file.stem for file in _configs())]
-
-
-def published(name: str) -> Mapping[str, str]:
-    """What the publisher says of a catalogue model (`published_total`, `published_active` …); empty for data/*.json."""
-    return {k: v for k, v in _rows().get(name, {}).items() if k.startswith("published_")}
 
 
 @cache

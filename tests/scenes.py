@@ -18,7 +18,9 @@ CACHED = ("LRU", "LFU", "FIFO", "random", "Belady")
 EVERY = (*CACHED, "static", "on-demand", "all-resident", "oracle", "Mixtral-Offloading", "Fiddler", "eMoE(period=2)")
 
 
-def random_trace(tokens: int, layers: int, experts: int, k: int, seed: int, requests: int = 1, prompt: int = 0) -> Trace:
+def random_trace(
+    tokens: int, layers: int, experts: int, k: int, seed: int, requests: int = 1, prompt: int = 0
+) -> Trace:
     """Skewed routing; every request has `prompt` prompt rows and an equal share of the rest as decode rows."""
     rng = np.random.default_rng(seed)
     taste = rng.random((1, layers, experts)) ** 2

@@ -58,6 +58,16 @@ def test_experts_of_different_precision_by_layer(tmp_path: Path) -> None:
     assert four.other_bytes == model.other_bytes
 
 
+def test_a_well_known_quant_has_its_well_known_size(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B-Q4_K_M.gguf in Qwen/Qwen3-30B-A3B-GGUF has 18,556,685,824 bytes, 6 MB of them vocabulary."""
+    model = load_model(str(w.write(tmp_path / "m.gguf", *w.qwen3_30b_q4_k_m())))
+    assert 0 < 18_556_685_824 - model.total_bytes < 10_000_000
+    assert model.total_params == load_model("qwen3-30b-a3b").total_params
+    sizes = {model.expert_bytes(i) for i in range(48)}
+    assert sizes == {3 * 1_572_864 * 144 // 256, (2 * 144 + 210) * 1_572_864 // 256}
+    assert model.kv_bytes_per_token() == load_model("qwen3-30b-a3b").kv_bytes_per_token()
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_versions(tmp_path: Path, version: int) -> None:
     assert load_model(str(w.write(tmp_path / "m.gguf", *w.mixtral(), version=version))).experts == 4

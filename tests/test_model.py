@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -14,16 +15,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from moesim.errors import ModelError
-from moesim.model import MLA, Model, TensorBytes, catalogue, load_model, published
+from moesim.model import DATA, MLA, Model, TensorBytes, catalogue, load_model
 from moesim.model_commands import app
 from moesim.model_report import describe, format_model, layer_list
+from tests import gguf_writer
 
 SMALL = Model(
     name="small", layers=4, moe_layers=(1, 2, 3), hidden=64, experts=8, top_k=2, expert_ffn=32, shared_ffn=16,
     dense_ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=100,
 )  # fmt: skip
 
-# Parameters of the text model counted by transformers 5.23 from the same shapes (meta device), norms and biases included.
+# Parameters that transformers 5.23 counts for the same shapes (meta device, text model), norms and biases included.
 EXACT = {
     "Mixtral-8x7B-v0.1": 46_702_792_704,
     "Mixtral-8x22B-v0.1": 140_620_634_112,
@@ -53,6 +55,8 @@ EXACT = {
     "switch-base-8": 619_339_008,
     "switch-base-256": 14_664_154_368,
 }
+with (DATA / "models.csv").open(newline="", encoding="utf-8") as _file:
+    PUBLISHED = {row["name"]: row for row in csv.DictReader(_file)}
 UNIT = {"M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -62,19 +66,19 @@ def _number(text: str) -> tuple[float, float]:
     return float(digits) * unit, 0.5 * unit / 10 ** len(digits.partition(".")[2])
 
 
-@pytest.mark.parametrize("name", [n for n in catalogue() if published(n).get("published_total")])
+@pytest.mark.parametrize("name", [n for n, row in PUBLISHED.items() if row["published_total"]])
 def test_total_is_within_one_percent_of_what_is_published(name: str) -> None:
-    stated, rounding = _number(published(name)["published_total"])
-    ours = load_model(name).total_params + int(published(name)["published_uncounted"] or 0)
+    stated, rounding = _number(PUBLISHED[name]["published_total"])
+    ours = load_model(name).total_params + int(PUBLISHED[name]["published_uncounted"] or 0)
     assert abs(ours - stated) <= max(0.01 * stated, rounding)
 
 
-@pytest.mark.parametrize("name", [n for n in catalogue() if published(n).get("published_active")])
+@pytest.mark.parametrize("name", [n for n, row in PUBLISHED.items() if row["published_active"]])
 def test_active_parameters_match_a_convention_of_publishers(name: str) -> None:
     """They count both tables (Mistral, Qwen), the output head alone (OpenAI, DeepSeek), or neither (GLM, MiniMax),
     and round (37B for 36.6) or cut (3.3B for 3.35)."""
     model = load_model(name)
-    stated, rounding = _number(published(name)["published_active"])
+    stated, rounding = _number(PUBLISHED[name]["published_active"])
     table = model.vocab * model.hidden
     ours = (model.active_params + table, model.active_params, model.active_params - table)
     assert any(-rounding <= count - stated < 2 * rounding for count in ours)
@@ -165,6 +169,8 @@ def test_names(spec: str, name: str) -> None:
         ("no/such/path", "unknown model 'no/such/path': no catalogue name, no config.json"),
         ("missing.json", "cannot be read"),
         ("missing.gguf", "cannot be read"),
+        ("nul\0.gguf", "cannot be read"),
+        ("~nobody", "unknown model"),
     ],
 )
 def test_unknown_names(spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +184,7 @@ def test_directories(tmp_path: Path) -> None:
     home.mkdir()
     with pytest.raises(ModelError, match=r"without a config\.json"):
         load_model(str(home))
-    shipped = Path(sys.modules["moesim.model"].__file__).parent / "data" / "tiny-moe-8x16.json"
+    shipped = DATA / "tiny-moe-8x16.json"
     (home / "config.json").write_text(shipped.read_text())
     model = load_model(str(home))
     assert model.name == "my-model"
@@ -326,6 +332,16 @@ def test_negative_context() -> None:
 )
 def test_layer_lists(layers: tuple[int, ...], text: str) -> None:
     assert layer_list(layers) == text
+
+
+def test_the_page_on_models_shows_what_is_printed(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bring-a-model.md").read_text(encoding="utf-8")
+    file = gguf_writer.write(tmp_path / "Qwen3-30B-A3B-Q4_K_M.gguf", *gguf_writer.qwen3_30b_q4_k_m())
+    assert format_model(replace(load_model(str(file)), source=file.name)) in page
+    shapes = replace(load_model("gpt-oss-120b"), name="gpt-oss-120b", source="gpt-oss-120b/config.json")
+    assert format_model(shapes) in page
+    listed = CliRunner().invoke(app, ["list"]).stdout.splitlines()[:4]
+    assert "\n".join(listed) in page
 
 
 # The command line

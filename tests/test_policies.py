@@ -115,8 +115,27 @@ def test_one_choice_can_be_changed():
     assert load_system("LRU").eviction == LRU
 
 
+def test_a_part_can_be_taken_from_another_system_or_by_name():
+    assert with_setting(load_system("LRU"), "misses=Fiddler").misses == load_system("Fiddler").misses
+    assert with_setting(load_system("LRU"), "refresh=eMoE").refresh == load_system("eMoE").refresh
+    assert with_setting(load_system("LRU"), "predictor=oracle(recall=0.8)").predictor == Oracle(recall=0.8)
+    assert with_setting(load_system("LRU"), "predictor=transitions").predictor == Transitions()
+    assert with_setting(load_system("LRU"), "scheduling=greedy-slo").scheduling == GreedySLO()
+    assert with_setting(load_system("LRU"), "expert_bits=4.5").expert_bits == 4.5
+
+
 @pytest.mark.parametrize(
-    "setting", ["eviction", "evction.scope=global", "eviction.scop=global", "misses.keep=perhaps", "refresh.period=3"]
+    "setting",
+    [
+        "predictor=guess",
+        "misses=Fidler",
+        "eviction=",
+        "eviction",
+        "evction.scope=global",
+        "eviction.scop=global",
+        "misses.keep=perhaps",
+        "refresh.period=3",
+    ],
 )
 def test_a_change_that_makes_no_sense_is_refused(setting):
     with pytest.raises(PolicyError):

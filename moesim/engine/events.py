@@ -64,7 +64,7 @@ class Batch:
     """One forward pass: its token rows in service order.
 
     next_rows: the row each sequence will be at in the next step, for beliefs that reach across tokens.
-    prefill: (new tokens, tokens already cached) of each prompt chunk; contexts: tokens cached of each decoding sequence.
+    prefill: (new tokens, tokens already cached) of each chunk; contexts: tokens cached of each decoding sequence.
     """
 
     rows: NDArray[np.int64]
@@ -111,6 +111,8 @@ class Device:
         self._env, self._trace, self._table, self._system = env, trace, table, system
         self._knowledge, self._records, self._tier = knowledge, records, host_tier
         self._layers, self._experts = trace.layers, trace.info.experts
+        self._bytes = [table.expert_bytes(layer) for layer in range(trace.layers)]
+        self._parts = table.matrices if system.transfer.unit == "matrix" else 1
         self._here: list[dict[int, Entry]] = [{} for _ in range(self._layers)]
         self._coming: dict[int, Copy] = {}
         self._arrived: deque[Entry] = deque()
@@ -172,7 +174,7 @@ class Device:
 
     def place(self, layer: int, expert: int, pinned: bool) -> bool:
         """Put an expert there before time begins; False where it does not fit."""
-        entry = Entry(layer, expert, self._table.expert_bytes(layer), self._brought)
+        entry = Entry(layer, expert, self._bytes[layer], self._brought)
         pool = self._pools[layer]
         if pool.used + entry.bytes > pool.capacity:
             return False
@@ -274,16 +276,15 @@ class Device:
     def _submit(self, copy: Copy) -> None:
         self._coming[copy.layer * self._experts + copy.expert] = copy
         absent = self._tier is not None and not self._tier.touch(copy.layer, copy.expert, copy.size)
-        (self.nvme if self._table.unified or absent else self.h2d).submit(copy)
+        (self.nvme if absent else self._last).submit(copy)
 
     def _copy(self, layer: int, expert: int, demand: bool, expires: int, keep: bool) -> Copy:
-        parts = self._table.matrices if self._system.transfer.unit == "matrix" else 1
-        return Copy(layer, expert, self._table.expert_bytes(layer), parts, demand, expires, keep)
+        return Copy(layer, expert, self._bytes[layer], self._parts, demand, expires, keep)
 
     def _read(self, copy: Copy) -> None:
         """An NVMe read has reached host memory: the copy goes on over PCIe."""
         copy.read_end = self._env.now
-        copy.nbytes, copy.parts = copy.size, self._table.matrices if self._system.transfer.unit == "matrix" else 1
+        copy.nbytes, copy.parts = copy.size, self._parts
         self.h2d.submit(copy)
 
     def _drop(self, copy: Copy) -> None:
@@ -347,7 +348,7 @@ class Device:
         self._planned = []
         for layer in range(self._layers):
             here, row = self._here[layer], values[layer].tolist()
-            room = self._pools[layer].capacity // self._table.expert_bytes(layer)
+            room = self._pools[layer].capacity // self._bytes[layer]
             order = sorted(range(self._experts), key=lambda e: (-row[e], e not in here, e))
             for expert, entry in here.items():
                 entry.plan = row[expert]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moesim.errors import PolicyError, nearest
+from moesim.policies import FCFS, GreedySLO
+from moesim.prediction import NoPrediction, Oracle, Transitions
 from moesim.systems import baselines
 from moesim.systems.emoe import emoe
-from moesim.systems.system import System, with_setting
+from moesim.systems.system import System, change_field
 
 SYSTEMS: dict[str, Callable[..., System]] = {
     "all-resident": baselines.all_resident,
@@ -27,22 +30,45 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "eMoE": emoe,
 }
 
-__all__ = ["SYSTEMS", "System", "load_system", "with_setting"]
+PREDICTORS: dict[str, Callable[..., Any]] = {"none": NoPrediction, "transitions": Transitions, "oracle": Oracle}
+SCHEDULERS: dict[str, Callable[..., Any]] = {"fcfs": FCFS, "greedy-slo": GreedySLO}
+
+__all__ = ["PREDICTORS", "SCHEDULERS", "SYSTEMS", "System", "load_system", "with_setting"]
 
 
 def load_system(spec: str) -> System:
     """`LRU`, `emoe`, `eMoE(variant='E', period=20)`: a name in any case, with keyword arguments if wanted."""
+    return _make("policy", spec, SYSTEMS)
+
+
+def with_setting(system: System, setting: str) -> System:
+    """A composition with one choice changed: `eviction.scope=global` a field, `misses=Fiddler` a part of another
+    system, `predictor=oracle(recall=0.8)` and `scheduling=greedy-slo` by name."""
+    part, equals, value = setting.partition("=")
+    if not equals or not value:
+        raise PolicyError(f"--set {setting}: write part.field=value or part=SYSTEM, such as eviction.scope=global")
+    if "." in part:
+        return change_field(system, part, value)
+    if part == "predictor":
+        return replace(system, predictor=_make("predictor", value, PREDICTORS))
+    if part == "scheduling":
+        return replace(system, scheduling=_make("scheduler", value, SCHEDULERS))
+    if part in ("eviction", "misses", "prefetch", "placement", "transfer", "refresh"):
+        return replace(system, **{part: getattr(load_system(value), part)})
+    return change_field(system, part, value)
+
+
+def _make(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     name, bracket, rest = spec.strip().partition("(")
-    folded = {known.lower(): make for known, make in SYSTEMS.items()}
-    make = folded.get(name.strip().lower())
+    make = {k.lower(): v for k, v in known.items()}.get(name.strip().lower())
     if make is None:
-        raise PolicyError(f"unknown policy '{name}'{nearest(name, SYSTEMS)}")
+        raise PolicyError(f"unknown {kind} '{name}'{nearest(name, known)}")
     arguments = _arguments(spec, rest) if bracket else {}
-    known = inspect.signature(make).parameters
+    parameters = inspect.signature(make).parameters
     for key in arguments:
-        if key not in known:
-            hint = nearest(key, known) if known else "; it takes no arguments"
-            raise PolicyError(f"policy {name} has no argument '{key}'{hint}")
+        if key not in parameters:
+            hint = nearest(key, parameters) if parameters else "; it takes no arguments"
+            raise PolicyError(f"{kind} {name} has no argument '{key}'{hint}")
     return make(**arguments)
 
 
@@ -54,4 +80,4 @@ def _arguments(spec: str, rest: str) -> dict[str, Any]:
             return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError):
         pass
-    raise PolicyError(f"policy '{spec}': write arguments as name=value pairs, such as eMoE(period=20)")
+    raise PolicyError(f"'{spec}': write arguments as name=value pairs, such as eMoE(period=20)")

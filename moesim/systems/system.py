@@ -52,18 +52,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def with_setting(system: System, setting: str) -> System:
-    """`part.field=value` applied to a composition, such as `eviction.scope=global` or `misses.rule=host`."""
-    path, _, text = setting.partition("=")
+def change_field(system: System, path: str, text: str) -> System:
+    """`path` is a field of the composition (`expert_bits`) or of one of its parts (`eviction.scope`)."""
+    setting = f"{path}={text}"
     part, _, name = path.partition(".")
     known = [f.name for f in fields(system) if f.name not in ("name", "source", "notes")]
-    if not text or part not in known:
-        raise PolicyError(f"--set {setting}: write part.field=value with a part of{nearest(part, known)[1:]}")
-    if not name:
-        return replace(system, **{part: parse_value(getattr(system, part), text, setting)})
+    if part not in known:
+        raise PolicyError(f"--set {setting}: a system has no '{part}'{nearest(part, known)}")
     choice = getattr(system, part)
+    if not name:
+        return replace(system, **{part: parse_value(choice, text, setting)})
     if not hasattr(choice, "__dataclass_fields__"):
-        raise PolicyError(f"--set {setting}: {system.name} has no {part} to change")
+        raise PolicyError(f"--set {setting}: {system.name} has no {part}; take one from another system: {part}=NAME")
     inner = [f.name for f in fields(choice)]
     if name not in inner:
         raise PolicyError(f"--set {setting}: {part} has no '{name}'{nearest(name, inner)}")

@@ -1,0 +1,179 @@
+"""Figures from plain data: one function, one idea. plotly is loaded when a figure is drawn."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import MoesimError
+from moesim.files import write_text
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+Floats = NDArray[np.float64]
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+_LIGHT_BLUE = "rgba(0,114,178,0.18)"
+
+
+def popularity_heatmap(popularity: Floats, moe_layers: Sequence[int]) -> Figure:
+    """Share of each layer's choices that every expert receives, [layers, experts], as a multiple of the fair share."""
+    times = popularity * popularity.shape[1]
+    figure = _figure("How popular each expert is", "expert", "MoE layer")
+    figure.add_heatmap(
+        z=times, y=[str(n) for n in moe_layers], colorscale="Viridis", zmin=0,
+        colorbar={"title": {"text": "times the<br>fair share"}},
+        hovertemplate="layer %{y}, expert %{x}: %{z:.2f} times the fair share<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(type="category", autorange="reversed", nticks=24)
+    return figure
+
+
+def miss_ratio_curve(capacities: NDArray[np.int64], lru: Floats, static: Floats, random: Floats) -> Figure:
+    """Misses by cache size: LRU [layers, capacities] with its layers' range, the best fixed set, a random set."""
+    figure = _figure("Misses by cache size", "experts cached per layer", "choices missed (%)")
+    _add_range(figure, capacities, 100 * lru, "LRU, mean over layers", "layers, lowest to highest")
+    lines = (("best fixed set, in hindsight", static.mean(0), ORANGE, "dash"), ("random set", random, GREY, "dot"))
+    for name, values, colour, dash in lines:
+        figure.add_scatter(
+            x=capacities, y=100 * values, name=name, mode="lines", line={"color": colour, "width": 2, "dash": dash}
+        )
+    figure.update_yaxes(range=[0, 100])
+    figure.update_xaxes(range=[0, capacities[-1]])
+    return figure
+
+
+def reuse_curve(within: Mapping[int, Floats], chance: Mapping[int, Floats]) -> Figure:
+    """Choices whose expert the request used in the previous w tokens, by w; each value [layers]."""
+    figure = _figure("How soon a request uses an expert again", "tokens looked back", "choices found (%)")
+    windows = np.array(list(within))
+    _add_range(figure, windows, 100 * np.stack(list(within.values()), axis=1), "measured, mean over layers", "layers")
+    independent = 100 * np.array([share.mean() for share in chance.values()])
+    figure.add_scatter(
+        x=windows, y=independent, name="independent tokens", mode="lines+markers",
+        line={"color": GREY, "width": 2, "dash": "dot"},
+    )  # fmt: skip
+    _doubling(figure, windows)
+    figure.update_yaxes(range=[0, 100])
+    return figure
+
+
+def distance_curve(distances: NDArray[np.int64]) -> Figure:
+    """Cumulative share of choices by stack distance, from a histogram [layers, experts + 1] that ends in first uses."""
+    share = 100 * np.cumsum(distances, axis=1)[:, :-1] / distances.sum(1, keepdims=True)
+    figure = _figure("Reuse distance", "other experts used at the layer since the last use", "choices, cumulative (%)")
+    _add_range(figure, np.arange(share.shape[1]), share, "mean over layers", "layers, lowest to highest")
+    figure.update_yaxes(range=[0, 100])
+    return figure
+
+
+def unique_experts(batches: NDArray[np.int64], measured: Floats, independent: Floats, experts: int) -> Figure:
+    """Distinct experts one step needs at a layer by batch size, both [layers, batches]."""
+    figure = _figure("Experts one decode step needs", "requests stepped together", "distinct experts per layer")
+    _add_range(figure, batches, measured, "measured, mean over layers", "layers, lowest to highest")
+    figure.add_scatter(
+        x=batches, y=independent.mean(0), name="independent tokens", mode="lines",
+        line={"color": GREY, "width": 2, "dash": "dot"},
+    )  # fmt: skip
+    figure.add_hline(y=experts, line={"color": ORANGE, "dash": "dash", "width": 1})
+    figure.add_annotation(
+        x=0, xref="paper", y=experts, text=f"all {experts}", showarrow=False, yanchor="top", xanchor="left"
+    )
+    _doubling(figure, batches)
+    figure.update_yaxes(range=[0, 1.05 * experts])
+    return figure
+
+
+def predictability(moe_layers: Sequence[int], from_layer: Floats, from_popularity: Floats) -> Figure:
+    """Share of each layer's experts that a guess finds, [layers - 1]; moe_layers are all layers."""
+    figure = _figure("How well a layer's experts can be guessed", "MoE layer guessed", "experts found (%)")
+    lines = (("from the layer before", from_layer, BLUE, "solid"), ("from popularity", from_popularity, GREY, "dot"))
+    for name, values, colour, dash in lines:
+        figure.add_scatter(
+            x=list(moe_layers)[1:], y=100 * values, name=name, mode="lines+markers",
+            line={"color": colour, "width": 2, "dash": dash},
+        )  # fmt: skip
+    figure.update_yaxes(range=[0, 100])
+    return figure
+
+
+def task_distances(names: Sequence[str], distance: Floats, noise: Floats) -> Figure:
+    """Total variation between tasks' popularities [tasks, tasks]; the diagonal shows the noise within a task."""
+    labels = [name or "(none)" for name in names]
+    values = distance.copy()
+    np.fill_diagonal(values, noise)
+    figure = _figure("How much tasks differ", "", "")
+    figure.add_heatmap(
+        z=values, x=labels, y=labels, colorscale="Viridis", zmin=0,
+        texttemplate="%{z:.2f}" if len(labels) <= 12 else None,
+        colorbar={"title": {"text": "total<br>variation"}},
+        hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(type="category", title="task (diagonal: two halves of one task)")
+    figure.update_yaxes(type="category", title="task", autorange="reversed")
+    return figure
+
+
+def write_page(path: Path, title: str, summary: str, figures: Iterable[Figure]) -> None:
+    """One self-contained HTML page: the summary as preformatted text, then the figures, plotly.js embedded once."""
+    from plotly.io import to_html
+    from plotly.offline import get_plotlyjs
+
+    drawn = [to_html(f, include_plotlyjs=False, full_html=False, config={"displaylogo": False}) for f in figures]
+    body = "\n".join(f"<section>{one}</section>" for one in drawn)
+    write_text(
+        path,
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
+        f"<main>\n{body}\n</main>\n<pre>{html.escape(summary)}</pre>\n</body>\n</html>\n",
+    )
+
+
+_STYLE = """
+body { font-family: system-ui, sans-serif; margin: 1.5rem; color: #222; background: #fff; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 1rem; }
+section { border: 1px solid #ddd; border-radius: 4px; min-width: 0; }
+pre { overflow-x: auto; font-size: 0.85rem; line-height: 1.35; }
+"""
+
+
+def _figure(title: str, x: str, y: str) -> Figure:
+    try:
+        from plotly.graph_objects import Figure as PlotlyFigure
+    except ImportError as error:
+        raise MoesimError("plots need plotly, which is not installed; pip install 'moesim[plots]'") from error
+    figure = PlotlyFigure()
+    figure.update_layout(
+        title={"text": title, "x": 0.02}, template="plotly_white", height=420, font={"size": 13},
+        margin={"l": 70, "r": 20, "t": 60, "b": 100}, legend={"orientation": "h", "y": -0.22, "yanchor": "top"},
+        hovermode="closest",
+    )  # fmt: skip
+    figure.update_xaxes(title=x, showline=True, linecolor="#888", ticks="outside", automargin=True)
+    figure.update_yaxes(title=y, showline=True, linecolor="#888", ticks="outside", automargin=True)
+    return figure
+
+
+def _add_range(figure: Figure, x: NDArray[Any], values: Floats, mean: str, band: str) -> None:
+    """The mean over layers of values [layers, x] as a line, from the lowest to the highest layer as a band."""
+    low, high = values.min(0), values.max(0)
+    figure.add_scatter(
+        x=np.r_[x, x[::-1]], y=np.r_[low, high[::-1]], name=band, mode="lines", fill="toself", fillcolor=_LIGHT_BLUE,
+        line={"width": 0}, hoverinfo="skip",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=x, y=values.mean(0), name=mean, mode="lines+markers" if x.size <= 16 else "lines",
+        line={"color": BLUE, "width": 3},
+    )  # fmt: skip
+
+
+def _doubling(figure: Figure, ticks: NDArray[np.int64]) -> None:
+    """A logarithmic x axis labelled at its data points, which double."""
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
