@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import ModelError
 from moesim.model import Model, load_model
-from moesim.model_files.gguf import MAX_HEADER, read_header
+from moesim.model_files.gguf import BLOCKS, MAX_HEADER, read_header
 from moesim.model_files.hf_config import model_from_config
 from tests import gguf_writer as w
 
@@ -66,6 +66,16 @@ def test_a_well_known_quant_has_its_well_known_size(tmp_path: Path) -> None:
     sizes = {model.expert_bytes(i) for i in range(48)}
     assert sizes == {3 * 1_572_864 * 144 // 256, (2 * 144 + 210) * 1_572_864 // 256}
     assert model.kv_bytes_per_token() == load_model("qwen3-30b-a3b").kv_bytes_per_token()
+
+
+def test_bits_per_weight_of_every_type() -> None:
+    """As llama.cpp's quantize lists them; ids are those of ggml.h."""
+    named = {
+        0: 32, 1: 16, 2: 4.5, 3: 5, 6: 5.5, 7: 6, 8: 8.5, 10: 2.625, 11: 3.4375, 12: 4.5, 13: 5.5, 14: 6.5625,
+        15: 9.125, 16: 2.0625, 17: 2.3125, 18: 3.0625, 19: 1.5625, 20: 4.5, 21: 3.4375, 22: 2.5625, 23: 4.25, 24: 8,
+        25: 16, 26: 32, 27: 64, 28: 64, 29: 1.75, 30: 16, 34: 1.6875, 35: 2.0625, 39: 4.25, 40: 4.5, 41: 1.125,
+    }  # fmt: skip
+    assert {kind: 8 * size / block for kind, (block, size) in BLOCKS.items()} == named
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import ModelError
 from moesim.model import Model, load_model
-from moesim.model_files.hf_config import MAX_FILE, model_from_config, read_config
+from moesim.model_files.hf_config import MAX_FILE, REFUSED_KEYS, model_from_config, read_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "../shared/data/model_configs"
 needs_configs = pytest.mark.skipif(
@@ -404,12 +404,20 @@ def test_refusals_name_the_key(changes: dict[str, Any], message: str) -> None:
         model(**changes)
 
 
+@pytest.mark.parametrize("key", REFUSED_KEYS)
+def test_what_would_be_read_almost_right_is_refused(key: str) -> None:
+    with pytest.raises(ModelError, match=f"{REFUSED_KEYS[key]} \\({key}\\)"):
+        model(**{key: 4})
+    assert model(**{key: 0}) == model()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "not a JSON file"),
         ("{", "not a JSON file"),
         ("[" * 100_000, "not a JSON file"),
+        ('{"text_config":' * 900 + "{}" + "}" * 900, "a dense model"),
         ("[]", "no JSON object"),
         ("null", "no JSON object"),
         ("{}", "a dense model"),

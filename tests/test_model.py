@@ -164,6 +164,7 @@ def test_names(spec: str, name: str) -> None:
     ("spec", "message"),
     [
         ("gpt-oss-21b", "unknown model 'gpt-oss-21b'.*; did you mean 'gpt-oss-20b'"),
+        ("gpt-oss-2", "unknown model"),
         ("mixtral", r"may be mistralai/Mixtral-8x22B-v0.1, mistralai/Mixtral-8x7B-v0.1; write more"),
         ("", "unknown model ''"),
         ("no/such/path", "unknown model 'no/such/path': no catalogue name, no config.json"),
@@ -253,6 +254,8 @@ def test_latent_attention_by_hand() -> None:
     assert model.attention_params(1) == query + latent + out
     assert replace(model, mla=replace(model.mla, q_lora=0)).attention_params(1) == 64 * 4 * 24 + latent + out
     assert model.kv_width == 48
+    absorbed = 2 * 4 * (2 * 40 + 8)  # scores over latent and rope key, sums over the latent, for 4 heads
+    assert model.flops_per_token(10) - model.flops_per_token(0) == 4 * 10 * absorbed
     assert replace(model, kv_extra=16).kv_width == 64
 
 

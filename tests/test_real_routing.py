@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from moesim.question import Question, run
 from moesim.trace.cut import cut
 from moesim.trace.importers import import_trace
+from moesim.trace.io import read
 from tests.oracle import events_of, misses
 
 
@@ -55,3 +59,28 @@ def test_misses_equal_those_of_libcachesim(name):
             request.obj_id, request.obj_size = expert, 1
             hits += bool(cache.get(request))
         assert serve(trace, name, slots).counts.misses == trace.tokens - hits
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tiny-moe-8x16.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def own_trace(shipped):
+    return cut(read(shipped), requests=24)
+
+
+@pytest.mark.parametrize("policy", list(GOLDEN["counts"]))
+def test_golden_counts_on_the_shipped_trace(own_trace, policy):
+    counts = []
+    for slots in GOLDEN["slots_per_layer"]:
+        m = run(own_trace, policy, Question(slots_per_layer=slots), anchors=False).summary["metrics"]
+        counts.append([m["hits"], m["misses"]])
+    assert counts == GOLDEN["counts"][policy]
+
+
+@pytest.mark.parametrize("policy", ["LRU", "LFU", "FIFO", "Belady"])
+def test_misses_on_the_decode_rows_of_the_shipped_trace_equal_the_oracle(own_trace, policy):
+    decode = cut(own_trace, phase="decode")
+    for slots in (2, 8, 12):
+        m = run(decode, policy, Question(slots_per_layer=slots), anchors=False).summary["metrics"]
+        assert m["misses"] == expected(decode, slots, policy)
