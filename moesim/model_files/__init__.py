@@ -1,0 +1,1 @@
+"""Reading models from files: Hugging Face configs and GGUF headers."""
