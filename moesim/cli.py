@@ -231,9 +231,9 @@ def _print(result: Any, text: str, as_json: bool) -> None:
 
 def _mount() -> None:
     """Sub-commands live beside what they are about."""
-    from moesim.machine_commands import app as machine_app
-    from moesim.model_commands import app as model_app
-    from moesim.trace.commands import app as trace_app
+    from moesim.commands.machine import app as machine_app
+    from moesim.commands.model import app as model_app
+    from moesim.commands.trace import app as trace_app
 
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.engine.events import Counts
+from moesim.engine.residency import Counts
 from moesim.records import Records
 
 PERCENTILES = (50, 90, 95, 99)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moesim.engine.events import Device, Knowledge, Slots
+from moesim.engine.events import Device, Knowledge
 from moesim.engine.host_tier import HostTier
+from moesim.engine.residency import Slots
 from moesim.records import Records
 from moesim.systems import System
 from moesim.trace import DECODE, PREFILL, Requests, Trace, TraceInfo

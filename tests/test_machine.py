@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from moesim.efficiencies import SCALES, Efficiencies, check_term, efficiencies, read_table, terms
 from moesim.errors import MachineError
 from moesim.machine import PLATFORMS, catalogue, load_machine
-from moesim.machine_commands import app
+from moesim.commands.machine import app
 from moesim.units import GIB
 
 

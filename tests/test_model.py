@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from moesim.errors import ModelError
 from moesim.model import DATA, MLA, Model, TensorBytes, catalogue, load_model
-from moesim.model_commands import app
+from moesim.commands.model import app
 from moesim.model_report import describe, format_model, layer_list
 from tests import gguf_writer
 
@@ -368,7 +368,7 @@ def test_info_and_list(tmp_path: Path) -> None:
 
 def test_importing_models_loads_nothing_heavy() -> None:
     code = (
-        "import sys, moesim.model, moesim.model_commands; moesim.model.load_model('deepseek-v3');"
+        "import sys, moesim.model, moesim.commands.model; moesim.model.load_model('deepseek-v3');"
         "print([m for m in ('torch', 'plotly', 'streamlit', 'pandas', 'numba', 'transformers', 'scipy.stats') "
         "if m in sys.modules])"
     )

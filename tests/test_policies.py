@@ -73,6 +73,7 @@ def test_greedy_slo_keeps_promises_already_given():
         lambda: Transitions(block=0),
         lambda: System("x", placement=Placement(pinned=True)),
         lambda: System("x", cache=False),
+        lambda: System("x", placement=Placement("hot", pinned=True)),
         lambda: System("x", misses=Misses(keep=False), transfer=Transfer(write_back=True)),
     ],
 )

@@ -83,20 +83,20 @@ def test_reroute_reports_which_share_was_served_as_chosen(ask):
 
 
 def test_emoe_calls_its_predictor_every_period(ask, monkeypatch):
-    from moesim.engine.events import Device
+    from moesim.engine.residency import Residency
 
     plans = []
-    plan = Device.plan
-    monkeypatch.setattr(Device, "plan", lambda self, values: (plans.append(self._env.now), plan(self, values)))
+    plan = Residency.plan
+    monkeypatch.setattr(Residency, "plan", lambda self, values: (plans.append(self._env.now), plan(self, values)))
     ask("eMoE(period=2)", trace=small_trace(requests=7, tokens=280))
     assert len(plans) == 3, "before requests 2, 4 and 6"
 
 
 def test_insensitive_tasks_call_for_no_plan(ask, monkeypatch):
-    from moesim.engine.events import Device
+    from moesim.engine.residency import Residency
 
     plans = []
-    monkeypatch.setattr(Device, "plan", lambda self, values: plans.append(values))
+    monkeypatch.setattr(Residency, "plan", lambda self, values: plans.append(values))
     ask("eMoE(period=1, insensitive=('a','b'))")
     assert not plans
     ask("eMoE(period=1, insensitive=('b',))")

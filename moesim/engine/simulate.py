@@ -13,9 +13,10 @@ import simpy
 from numpy.typing import NDArray
 
 from moesim.engine.clock import Clock
-from moesim.engine.events import NEVER, Batch, Counts, Device, Knowledge, Slots
+from moesim.engine.events import Batch, Device, Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Executor, Link
+from moesim.engine.residency import NEVER, Counts, Slots
 from moesim.engine.serve import Limits, Server
 from moesim.policies import FCFS, GreedySLO
 from moesim.prediction import Beliefs, History
@@ -83,13 +84,13 @@ def simulate(
     knowledge = Knowledge(popularity, beliefs, next_use)
     device = Device(env, trace, table, system, slots, knowledge, records, tier, setting.seed)
     _place(device, system, popularity, trace)
-    peak = device.resident_bytes
+    peak = device.memory.resident_bytes
 
     def on_kv(kv_bytes: int) -> None:
         nonlocal peak
-        peak = max(peak, device.resident_bytes)
+        peak = max(peak, device.memory.resident_bytes)
         if setting.shared_bytes and system.cache and not system.all_resident:
-            device.resize(split_by_layer(setting.shared_bytes - kv_bytes, expert_bytes))
+            device.memory.resize(split_by_layer(setting.shared_bytes - kv_bytes, expert_bytes))
 
     planner = _Planner(env, setting, system, device)
     scheduling = system.scheduling
@@ -103,7 +104,12 @@ def simulate(
         env.run(done)
     spent = device.counts.spent
     busy = {"gpu": spent["mixer"] + spent["experts"] + spent["step"]}
-    links: dict[str, Link | Executor] = {"h2d": device.h2d, "d2h": device.d2h, "nvme": device.nvme, "host": device.host}
+    links: dict[str, Link | Executor] = {
+        "h2d": device.memory.h2d,
+        "d2h": device.memory.d2h,
+        "nvme": device.memory.nvme,
+        "host": device.memory.host,
+    }
     return Outcome(
         records=records,
         counts=device.counts,
@@ -111,7 +117,7 @@ def simulate(
         idle_ns=server.idle_ns,
         busy_ns=busy | {name: link.busy_ns for name, link in links.items()},
         link_bytes={name: link.nbytes for name, link in links.items()},
-        peak_resident_bytes=max(peak, device.resident_bytes),
+        peak_resident_bytes=max(peak, device.memory.resident_bytes),
     )
 
 
@@ -154,7 +160,7 @@ def _place(device: Device, system: System, popularity: NDArray[np.float64], trac
     order = np.argsort(-popularity, axis=1, kind="stable")
     for rank in range(trace.info.experts):
         for layer in range(trace.layers):
-            device.place(layer, int(order[layer, rank]), system.placement.pinned)
+            device.memory.place(layer, int(order[layer, rank]), system.placement.pinned)
 
 
 class _Planner:
@@ -188,7 +194,7 @@ class _Planner:
         calls = self._setting.trace.layers if refresh.per_layer else 1
         prompt = max(running[-1].prompt_tokens, 1)
         delay = calls * table.network_ns(refresh.predictor_params, prompt)
-        self._env.timeout(delay).callbacks.append(lambda _: self._device.plan(values))
+        self._env.timeout(delay).callbacks.append(lambda _: self._device.memory.plan(values))
 
 
 class _DryRun:

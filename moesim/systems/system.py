@@ -32,6 +32,8 @@ class System:
     def __post_init__(self) -> None:
         if self.placement.pinned and self.placement.start == "empty":
             raise PolicyError("placement.pinned needs experts to pin; set placement.start to hot or all")
+        if self.placement.pinned and self.misses.keep and not (self.all_resident or self.misses.changes_outputs):
+            raise PolicyError("pinned experts leave no slot for others to keep; set misses.keep to false")
         if self.misses.rule == "fetch" and not self.cache and self.misses.keep:
             raise PolicyError("a system without a cache cannot keep what it fetches; set misses.keep to false")
         if self.transfer.write_back and not self.misses.keep:

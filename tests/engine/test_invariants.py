@@ -11,7 +11,8 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.engine.events import ARRIVED, D2H, H2D, HOST, RESIDENT, Batch, Device
+from moesim.engine.events import ARRIVED, RESIDENT, Batch, Device
+from moesim.engine.residency import D2H, H2D, HOST
 from moesim.engine.simulate import simulate
 from moesim.policies import LRU, Eviction, Misses, Placement, Transfer
 from moesim.prediction import NoPrediction, Oracle, Transitions
@@ -303,10 +304,29 @@ def test_an_expert_in_use_is_never_evicted():
     kernels = device._records.kernels.column("what").tolist()
     assert kernels.count(ARRIVED) == 4 and kernels.count(RESIDENT) == 0
     assert device.counts.evictions == 2
-    assert device.resident_bytes == 2000
+    assert device.memory.resident_bytes == 2000
 
 
 def test_eviction_by_a_weighted_sum_lies_between_its_features():
     trace = random_trace(100, 2, 16, 2, seed=9)
     mixed = System("test", eviction=Eviction((("lru", 1.0), ("lfu", 0.0))))
     assert serve(trace, mixed, 6).counts.misses == serve(trace, "LRU", 6).counts.misses
+
+
+def test_wrong_prefetches_without_a_cache_do_not_clog_the_scratch_slots():
+    trace = random_trace(60, 3, 8, 2, seed=1, requests=3)
+    for recall in (0.0, 0.5, 1.0):
+        system = replace(load_system("on-demand"), predictor=Oracle(recall=recall))
+        for copy in (1, 100, 10_000):
+            out = serve(trace, system, 0, table=FakeTable(3, copy=copy))
+            assert len(out.records.requests) == 3
+    assert out.counts.hits + out.counts.lates > 0
+
+
+def test_a_plan_for_a_global_cache_takes_the_most_valuable_of_all_layers():
+    env = simpy.Environment()
+    trace = random_trace(4, 2, 4, 1, seed=0)
+    device = make_device(env, trace, replace(load_system("eMoE"), eviction=Eviction((("plan", 1.0),), "global")), 2)
+    device.memory.plan(np.array([[9.0, 8, 7, 0], [1.0, 6, 0, 0]]))
+    env.run()
+    assert [sorted(here) for here in device.memory.here] == [[0, 1, 2], [1]]

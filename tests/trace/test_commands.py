@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from moesim.errors import TraceError
 from moesim.trace import TraceInfo, io
-from moesim.trace.commands import app
+from moesim.commands.trace import app
 from moesim.trace.cut import cut
 from moesim.trace.importers import FORMATS
 
@@ -164,7 +164,7 @@ def test_any_cut_is_a_trace(tmp_path, trace, first_tokens, requests):
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys, moesim.trace.commands; print([m for m in ('pyarrow', 'pandas', 'torch') if m in sys.modules])"
+    code = "import sys, moesim.commands.trace; print([m for m in ('pyarrow', 'pandas', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

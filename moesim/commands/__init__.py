@@ -1,0 +1,1 @@
+"""Sub-commands, mounted by moesim.cli; heavy imports happen inside them."""

@@ -1,0 +1,334 @@
+"""What is on the device and what is on its way: slots, links, copies, prefetches, plans (docs/design.md)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from moesim.engine.cache import Entry, Pool, scorer
+from moesim.engine.clock import Clock
+from moesim.engine.fluid import Fluid
+from moesim.engine.host_tier import HostTier
+from moesim.engine.links import Copy, Executor, Link
+from moesim.records import KINDS, LINKS, Records
+from moesim.systems.system import System
+
+if TYPE_CHECKING:
+    from moesim.costs.table import CostTable
+
+NEVER = (1 << 31) - 1
+FOREVER = 1 << 60
+H2D, D2H, NVME, HOST = range(len(LINKS))
+DEMAND, PREFETCH, LATE, PLANNED, WRITE_BACK, COMPUTE = range(len(KINDS))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Device memory for experts, in bytes: one capacity per layer, or one for all; scratch counts experts."""
+
+    per_layer: tuple[int, ...]
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.per_layer)
+
+
+@dataclass
+class Counts:
+    """Totals over a run. Lookups are unique experts per layer and step; bytes are bytes moved."""
+
+    lookups: int = 0
+    hits: int = 0
+    lates: int = 0
+    misses: int = 0
+    hosted: int = 0
+    evictions: int = 0
+    prefetched: int = 0
+    prefetched_bytes: int = 0
+    prefetch_used_bytes: int = 0
+    dropped: int = 0
+    routed: float = 0.0  # weight of all routed (token, expert) pairs
+    rerouted: float = 0.0
+    skipped: float = 0.0
+    spent: Counter[str] = field(default_factory=Counter)  # ns on the critical path, by what it was spent on
+
+
+class Residency:
+    """Expert slots and the links that fill them. `arrived(entry)` is told of every expert a step waits for."""
+
+    def __init__(
+        self,
+        env: Clock,
+        table: CostTable,
+        system: System,
+        slots: Slots,
+        popularity: NDArray[np.float64],
+        records: Records,
+        tier: HostTier | None,
+        seed: int,
+        arrived: Callable[[Entry], None],
+    ) -> None:
+        self._env, self._table, self._system, self._records, self._tier = env, table, system, records, tier
+        self._arrived = arrived
+        layers, self.experts = popularity.shape
+        self._bytes = [table.expert_bytes(layer) for layer in range(layers)]
+        self._parts = table.matrices if system.transfer.unit == "matrix" else 1
+        self.here: list[dict[int, Entry]] = [{} for _ in range(layers)]  # experts that hold a slot, by layer
+        self.coming: dict[int, Copy] = {}  # queued and flying copies by layer x experts + expert
+        self._done: list[Entry] = []  # computed in the present layer, still protected
+        self._planned: list[Copy] = []
+        self._blocked = False
+        self._scratch_free = slots.scratch
+        self._brought = 0
+        self.tick = 0  # experts looked up so far
+        self.position = -1  # step x layers + layer of the last router decision
+        self.counts = Counts()
+        totals = [[0] * self.experts for _ in range(layers)]
+        self.totals = totals if any(name == "count" for name, _ in system.eviction.score) else None
+        score = scorer(system.eviction, popularity.tolist(), totals)
+        if system.eviction.scope == "layer":
+            self._pools = [Pool(size, score, seed, self.experts) for size in slots.per_layer]
+        else:
+            self._pools = [Pool(slots.total, score, seed, self.experts)] * layers
+        self._connect()
+
+    def _connect(self) -> None:
+        """Links and executors, sharing only those resources that they could oversubscribe together."""
+        table, env = self._table, self._env
+        back = table.copy_rate if self._system.transfer.write_back else 0.0
+        host = table.host_rate if self._system.misses.rule in ("host", "cheaper") else 0.0
+        demand = {
+            "dram": table.copy_rate + back + host + (table.read_rate if self._tier else 0.0),
+            "pcie": table.copy_rate + back,
+        }
+        capacity = {"dram": table.dram_gbps, "pcie": table.duplex_gbps}  # GB/s is bytes per ns
+        self._fluid = fluid = Fluid(env, {n: c for n, c in capacity.items() if demand[n] > c})
+
+        def link(uses: tuple[str, ...], part_ns: Callable[[int], int], last: bool, which: int) -> Link:
+            return Link(
+                env, fluid, uses, part_ns,
+                reserve=self._reserve if last else lambda copy: True,
+                passed=lambda copy: copy.expires <= self.position,
+                drop=self._drop,
+                landed=self._landed if last else self._read,
+                record=partial(self._record_copy, which) if self._records.detail else None,
+            )  # fmt: skip
+
+        unified = table.unified
+        self.nvme = link(("dram",), table.read_ns, unified, NVME)
+        self.h2d = link(("dram", "pcie"), table.copy_ns, True, H2D)
+        self.d2h = Executor(env, fluid, ("dram", "pcie"))
+        self.host = Executor(env, fluid, ("dram",))
+        self.last = self.nvme if unified else self.h2d
+
+    def _record_copy(self, which: int, copy: Copy, start: int, end: int, size: int) -> None:
+        kind = LATE if copy.promoted else DEMAND if copy.demand else PLANNED if copy.plan else PREFETCH
+        self._records.transfers.add((which, start, end, copy.layer, copy.expert, size, kind))
+
+    # -- slots --------------------------------------------------------------------------------------------------
+
+    def place(self, layer: int, expert: int, pinned: bool) -> bool:
+        """Put an expert there before time begins; False where it does not fit."""
+        entry = Entry(layer, expert, self._bytes[layer], self._brought)
+        pool = self._pools[layer]
+        if pool.used + entry.bytes > pool.capacity:
+            return False
+        entry.landed, entry.pinned = True, pinned
+        self._brought += 1
+        pool.add(entry)
+        pool.offer(entry)
+        self.here[layer][expert] = entry
+        return True
+
+    def resize(self, per_layer: Iterable[int]) -> None:
+        """New capacities between two steps, when the KV cache grew or shrank; the lowest scores leave first."""
+        sizes = list(per_layer)
+        pools = self._pools if self._system.eviction.scope == "layer" else self._pools[:1]
+        for pool, size in zip(pools, sizes if len(pools) > 1 else [sum(sizes)], strict=True):
+            pool.capacity = size
+            while pool.used > pool.capacity and (victim := pool.victim()):
+                self._evict(pool, victim)
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum({id(pool): pool.used for pool in self._pools}.values())
+
+    def _reserve(self, copy: Copy) -> bool:
+        """Take a slot for a copy that is about to start (rule 5); False where every slot is in use."""
+        pool = self._pools[copy.layer]
+        if not copy.keep:
+            if self._scratch_free <= (0 if copy.demand else 1):  # a prefetch leaves one for demands
+                self._blocked = True
+                return False
+            self._scratch_free -= 1
+        else:
+            while pool.used + copy.nbytes > pool.capacity:
+                victim = pool.victim() or (self._computed_own(pool) if copy.demand else None)
+                if victim is None:
+                    self._blocked = True
+                    return False
+                self._evict(pool, victim)
+        entry = Entry(
+            copy.layer, copy.expert, copy.nbytes, self._brought, keep=copy.keep, plan=copy.plan,
+            prefetched=not copy.demand, last_use=self.tick, next_use=min(copy.expires, NEVER),
+        )  # fmt: skip
+        self._brought += 1
+        if copy.wanted:
+            entry.last_use, entry.next_use, entry.tokens = copy.wanted
+            entry.busy, entry.uses = True, 1
+        if copy.keep:
+            pool.add(entry)
+        self.here[copy.layer][copy.expert] = copy.entry = entry
+        return True
+
+    def _evict(self, pool: Pool, victim: Entry) -> None:
+        pool.remove(victim)
+        del self.here[victim.layer][victim.expert]
+        self.counts.evictions += 1
+        if self._system.transfer.write_back:
+
+            def written(_: simpy.Event | None) -> None:
+                if self._records.detail:
+                    row = (D2H, self.d2h.started, self._env.now, victim.layer, victim.expert, victim.bytes, WRITE_BACK)
+                    self._records.transfers.add(row)
+
+            self.d2h.submit(victim.bytes, self._table.copy_back_ns(victim.bytes), written)
+
+    def _computed_own(self, pool: Pool) -> Entry | None:
+        """More experts than slots: the one of this layer that was computed first makes room for the next."""
+        for entry in self._done:
+            if self._pools[entry.layer] is pool:
+                self._done.remove(entry)
+                return entry
+        return None
+
+    def release(self, entry: Entry) -> None:
+        """Its tokens are computed. A cached expert stays protected until the layer ends, a scratch slot is free."""
+        if entry.keep:
+            self._done.append(entry)
+            self._unblock()
+        else:
+            self._discard(entry)
+
+    def _discard(self, entry: Entry) -> None:
+        del self.here[entry.layer][entry.expert]
+        self._scratch_free += 1
+        self._unblock()
+
+    def end_layer(self, layer: int) -> None:
+        """The present event's experts may leave; scratch slots prefetched for it in vain are free."""
+        for entry in self._done:
+            entry.busy = False
+            self._pools[layer].offer(entry)
+        self._done.clear()
+        if not self._system.cache:
+            for entry in [e for e in self.here[layer].values() if e.landed and not e.keep]:
+                self._discard(entry)
+        self._unblock()
+
+    def _unblock(self) -> None:
+        if self._blocked:
+            self._blocked = False
+            self.last.kick()
+
+    # -- copies -------------------------------------------------------------------------------------------------
+
+    def submit(self, copy: Copy) -> None:
+        self.coming[copy.layer * self.experts + copy.expert] = copy
+        absent = self._tier is not None and not self._tier.touch(copy.layer, copy.expert, copy.size)
+        (self.nvme if absent else self.last).submit(copy)
+
+    def copy(self, layer: int, expert: int, demand: bool, expires: int, keep: bool) -> Copy:
+        return Copy(layer, expert, self._bytes[layer], self._parts, demand, expires, keep)
+
+    def rest_of_layer(self, layer: int, demanded: set[int]) -> list[Copy]:
+        """Every other expert of the layer: an expert-agnostic engine moves whole layers."""
+        here, base = self.here[layer], layer * self.experts
+        rest = []
+        for expert in range(self.experts):
+            if expert not in here and expert not in demanded and base + expert not in self.coming:
+                copy = self.copy(layer, expert, True, FOREVER, self._system.misses.keep)
+                copy.wanted = (self.tick, NEVER, 0)
+                rest.append(copy)
+        return rest
+
+    def _read(self, copy: Copy) -> None:
+        """An NVMe read has reached host memory: the copy goes on over PCIe."""
+        copy.read_end = self._env.now
+        copy.nbytes, copy.parts = copy.size, self._parts
+        self.h2d.submit(copy)
+
+    def _drop(self, copy: Copy) -> None:
+        self.counts.dropped += 1
+        del self.coming[copy.layer * self.experts + copy.expert]
+
+    def _landed(self, copy: Copy) -> None:
+        del self.coming[copy.layer * self.experts + copy.expert]
+        entry = copy.entry
+        assert entry is not None
+        entry.landed = True
+        if entry.prefetched:
+            self.counts.prefetched += 1
+            self.counts.prefetched_bytes += entry.bytes
+            if entry.busy:
+                self.used(entry)
+        if entry.busy:
+            entry.read_end = copy.read_end
+            self._arrived(entry)
+        elif entry.keep:
+            self._pools[entry.layer].offer(entry)
+            self._unblock()
+        elif copy.expires <= self.position:  # its layer is over, and there is no cache to keep it in
+            self._discard(entry)
+
+    def used(self, entry: Entry) -> None:
+        entry.prefetched = False
+        self.counts.prefetch_used_bytes += entry.bytes
+
+    def prefetch(self, target: int, believed: list[int], expires: int) -> None:
+        """Queue the believed experts of layer `target`, in order of trust; `expires` is the position they are for."""
+        here, base, room = self.here[target], target * self.experts, self._system.prefetch.per_layer
+        for expert in dict.fromkeys(believed):
+            if expert < 0 or expert in here or base + expert in self.coming:
+                continue
+            if room is not None:
+                if not room:
+                    return
+                room -= 1
+            self.submit(self.copy(target, expert, False, expires, self._system.cache))
+
+    def plan(self, values: NDArray[np.float64]) -> None:
+        """Keep the experts of highest value [layers, experts]; bring in, layer after layer, those that are absent."""
+        for copy in self._planned:
+            copy.expires = -1  # an older plan's copies that have not started are dropped
+        self._planned = []
+        for pool in dict.fromkeys(self._pools):
+            layers = [layer for layer, own in enumerate(self._pools) if own is pool]
+            for entry in pool.entries.values():
+                entry.plan = float(values[entry.layer, entry.expert])
+            pool.rebuild()
+            self._bring_planned(pool, layers, values)
+
+    def _bring_planned(self, pool: Pool, layers: list[int], values: NDArray[np.float64]) -> None:
+        """Copies for the absent among as many of the most valuable as the pool holds; the resident win ties."""
+        ranked = sorted(
+            (-values[layer, expert], expert not in self.here[layer], layer, expert)
+            for layer in layers
+            for expert in range(self.experts)
+            if values[layer, expert] > 0
+        )
+        room = pool.capacity // max(self._bytes[layer] for layer in layers)
+        for value, absent, layer, expert in sorted(ranked[:room], key=lambda r: (r[2], r[0], r[3])):
+            if absent and layer * self.experts + expert not in self.coming:
+                copy = self.copy(layer, expert, False, FOREVER, True)
+                copy.plan = -float(value)
+                self._planned.append(copy)
+                self.submit(copy)
