@@ -14,7 +14,7 @@ from moesim.trace.io import read
 POLICIES = {
     "oracle": ("oracle with prefetch", "#999999", "dot"),
     "Belady": ("Belady (looks ahead)", "#999999", "dash"),
-    "eMoE": ("eMoE (reroutes)", "#0072b2", "solid"),
+    "eMoE": ("eMoE (reroutes: outputs change)", "#0072b2", "solid"),
     "LRU": ("LRU", "#d55e00", "solid"),
     "Fiddler": ("Fiddler", "#009e73", "solid"),
     "static": ("static", "#cc79a7", "solid"),
@@ -43,7 +43,6 @@ def main(path: str) -> None:
         legend={"orientation": "h", "y": -0.2},
     )
     figure.write_image(Path(__file__).parent / "slots.svg")
-    figure.write_image("/tmp/slots.png") if "--png" in sys.argv else None
 
 
 if __name__ == "__main__":
