@@ -81,12 +81,13 @@ def cache_metrics(counts: Counts, h2d_bytes: int, d2h_bytes: int, nvme_bytes: in
 
 
 def routing_fidelity(counts: Counts) -> dict[str, float]:
-    """Shares of routed weight: served as routed, sent to another expert, left out. Not a measure of quality."""
+    """Shares of routed weight: served as routed, at lower precision, by another expert, or not. Not quality."""
     total = counts.routed
     if not total:
-        return {"exact": 1.0, "rerouted": 0.0, "skipped": 0.0}
-    rerouted, skipped = counts.rerouted / total, counts.skipped / total
-    return {"exact": 1 - rerouted - skipped, "rerouted": rerouted, "skipped": skipped}
+        return {"exact": 1.0, "lower_precision": 0.0, "rerouted": 0.0, "skipped": 0.0}
+    lowered, rerouted, skipped = counts.lowered / total, counts.rerouted / total, counts.skipped / total
+    exact = 1 - lowered - rerouted - skipped
+    return {"exact": exact, "lower_precision": lowered, "rerouted": rerouted, "skipped": skipped}
 
 
 CAUSES = {
@@ -96,6 +97,7 @@ CAUSES = {
     "pcie": "waiting for PCIe copies",
     "nvme": "waiting for NVMe reads",
     "host": "waiting for CPU experts",
+    "predict": "waiting for the predictor",
     "idle": "no request to serve",
 }
 

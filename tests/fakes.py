@@ -50,7 +50,7 @@ class FakeTable:
     def layers_ns(self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int]) -> list[int]:
         return [self.mixer] * self.layers
 
-    def grouped_ns(self, active: int, tokens: int) -> int:
+    def grouped_ns(self, active: int, tokens: int, bits: float | None = None) -> int:
         return self.per_expert * active
 
     def expert_ns(self, tokens: int) -> int:
@@ -59,8 +59,8 @@ class FakeTable:
     def host_expert_ns(self, tokens: int) -> int:
         return self.host_expert
 
-    def expert_bytes(self, layer: int = 0) -> int:
-        return self.size
+    def expert_bytes(self, layer: int = 0, bits: float | None = None) -> int:
+        return self.size if bits is None else int(self.size * bits / 16)
 
     def copy_ns(self, nbytes: int) -> int:
         return self.copy * nbytes // self.size

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from moesim.commands.machine import app
 from moesim.efficiencies import SCALES, Efficiencies, check_term, efficiencies, read_table, terms
 from moesim.errors import MachineError
 from moesim.machine import PLATFORMS, catalogue, load_machine
-from moesim.commands.machine import app
 from moesim.units import GIB
 
 

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from moesim.commands.model import app
 from moesim.errors import ModelError
 from moesim.model import DATA, MLA, Model, TensorBytes, catalogue, load_model
-from moesim.commands.model import app
 from moesim.model_report import describe, format_model, layer_list
 from tests import gguf_writer
 

@@ -13,7 +13,7 @@ def test_transitions_learn_a_fixed_successor():
     """Expert e is always followed by e + 1 in the next layer, and by e again in the next token."""
     first = np.array([t % 4 for t in range(40)])
     ids = np.stack([first, (first + 1) % 4], axis=1)[:, :, None]
-    beliefs = Transitions(block=8).predict(make_trace(ids, 4), 0)
+    (beliefs,) = Transitions(block=8).predict(make_trace(ids, 4), 0)
     np.testing.assert_array_equal(beliefs.experts[8:, 1], ids[8:, 1])
     assert (beliefs.experts[:8] == -1).all(), "nothing is known during the first block"
     assert beliefs.distance == 1 and beliefs.wraps
@@ -21,26 +21,26 @@ def test_transitions_learn_a_fixed_successor():
 
 def test_transitions_across_tokens_stay_within_a_request():
     ids = np.zeros((6, 2, 1), dtype=int)
-    beliefs = Transitions(block=1).predict(make_trace(ids, 4, [(0, 3), (0, 3)]), 0)
+    (beliefs,) = Transitions(block=1).predict(make_trace(ids, 4, [(0, 3), (0, 3)]), 0)
     assert beliefs.experts[3, 0, 0] == -1, "the first token of a request follows nothing"
     assert beliefs.experts[4, 0, 0] == 0
 
 
-def test_no_prediction_is_none():
-    assert NoPrediction().predict(random_trace(4, 1, 4, 1, 0), 0) is None
+def test_no_prediction_is_nothing():
+    assert NoPrediction().predict(random_trace(4, 1, 4, 1, 0), 0) == ()
 
 
 def test_a_spoilt_oracle_is_seeded_and_says_that_it_is_assumed():
     trace = random_trace(50, 2, 8, 2, 0)
-    one, two = (Oracle(recall=0.5).predict(trace, seed).experts for seed in (1, 1))
+    one, two = (Oracle(recall=0.5).predict(trace, seed)[0].experts for seed in (1, 1))
     np.testing.assert_array_equal(one, two)
-    assert (Oracle(recall=0.5).predict(trace, 2).experts != one).any()
+    assert (Oracle(recall=0.5).predict(trace, 2)[0].experts != one).any()
     assert Oracle(recall=0.5).provenance == "assumed" and Oracle().provenance == "oracle"
 
 
 def test_an_oracle_of_no_recall_names_only_wrong_experts():
     trace = random_trace(50, 2, 8, 2, 0)
-    named = Oracle(recall=0.0).predict(trace, 0).experts
+    named = Oracle(recall=0.0).predict(trace, 0)[0].experts
     assert not (named[:, :, :, None] == trace.experts[:, :, None, :]).any()
 
 

@@ -79,7 +79,12 @@ def test_reroute_reports_which_share_was_served_as_chosen(ask):
     fidelity = s["routing_fidelity"]
     assert 0 < fidelity["exact"] < 1 and sum(fidelity.values()) == pytest.approx(1)
     assert any("quality is not modelled" in note for note in s["notes"])
-    assert ask("LRU").summary["routing_fidelity"] == {"exact": 1.0, "rerouted": 0.0, "skipped": 0.0}
+    assert ask("LRU").summary["routing_fidelity"] == {
+        "exact": 1.0,
+        "lower_precision": 0.0,
+        "rerouted": 0.0,
+        "skipped": 0.0,
+    }
 
 
 def test_emoe_calls_its_predictor_every_period(ask, monkeypatch):

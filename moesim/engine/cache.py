@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
@@ -14,19 +15,20 @@ class Entry:
     """An expert that holds a slot: on its way (`landed` False), in use (`busy`) or evictable."""
 
     __slots__ = (
-        "brought", "busy", "bytes", "expert", "keep", "landed", "last_use", "layer", "next_use", "pinned", "plan",
-        "prefetched", "read_end", "tokens", "uses",
+        "brought", "busy", "bytes", "expert", "guard", "high_uses", "keep", "key", "landed", "last_step", "last_use",
+        "layer", "next_use", "pinned", "plan", "prefetched", "read_end", "tokens", "uses",
     )  # fmt: skip
 
     def __init__(
-        self, layer: int, expert: int, nbytes: int, brought: int,
+        self, layer: int, expert: int, nbytes: int, brought: int, key: int,
         *, keep: bool = True, plan: float = 0.0, prefetched: bool = False, last_use: int = -1, next_use: int = 1 << 60,
     ) -> None:  # fmt: skip
-        self.layer, self.expert, self.bytes, self.brought = layer, expert, nbytes, brought
+        self.layer, self.expert, self.bytes, self.brought, self.key = layer, expert, nbytes, brought, key
         self.keep, self.plan, self.prefetched = keep, plan, prefetched
         self.last_use, self.next_use, self.read_end = last_use, next_use, -1
         self.landed = self.busy = self.pinned = False
-        self.uses = self.tokens = 0
+        self.uses = self.high_uses = self.tokens = self.last_step = 0
+        self.guard = -1  # position until which it is pinned because a prediction names it
 
 
 def _hash(seed: int, draw: int, key: int) -> int:
@@ -37,81 +39,107 @@ def _hash(seed: int, draw: int, key: int) -> int:
     return z ^ (z >> 31)
 
 
+class Now:
+    """What changing features refer to: where the device is, and what it believes."""
+
+    def __init__(self, layers: int) -> None:
+        self.position = -1  # step x layers + layer of the last router decision
+        self.layers = layers
+        self.sequence_steps = 0  # steps since the last request was admitted
+        self.beliefs: dict[int, list[float]] = {}  # probabilities by layer
+
+
+Score = Callable[[Entry], float]
+
+
 class Pool:
     """One memory budget in bytes: a layer's, or all layers'.
 
-    The heap holds (score, last use, key, entry) of evictable experts. A touch makes an item stale instead of
-    searching for it; stale ones are skipped, and swept out when they outnumber the live.
+    Where scores change only when an expert is touched, a heap holds (score, last use, key, entry) of evictable experts.
+    A touch makes an item stale instead of searching for it; stale ones are skipped, and swept out when they outnumber
+    the live. Scores that change by themselves are computed for every victim.
     """
 
-    def __init__(self, capacity: int, score: Callable[[Entry], float] | None, seed: int, experts: int) -> None:
+    def __init__(self, capacity: int, score: Score, changing: bool, now: Now) -> None:
         self.capacity, self.used = capacity, 0
         self.entries: dict[int, Entry] = {}
-        self._score = score  # None: the random order, drawn anew for every victim
-        self._seed, self._draws, self._experts = seed, 0, experts
+        self._score, self._changing, self._now = score, changing, now
         self._heap: list[tuple[float, int, int, Entry]] = []
 
-    def key(self, entry: Entry) -> int:
-        return entry.layer * self._experts + entry.expert
-
     def add(self, entry: Entry) -> None:
-        self.entries[self.key(entry)] = entry
+        self.entries[entry.key] = entry
         self.used += entry.bytes
 
     def remove(self, entry: Entry) -> None:
-        del self.entries[self.key(entry)]
+        del self.entries[entry.key]
         self.used -= entry.bytes
 
     def offer(self, entry: Entry) -> None:
         """`entry` has become evictable."""
-        if self._score is None or entry.pinned:
+        if self._changing or entry.pinned:
             return
         if len(self._heap) > 64 + 4 * len(self.entries):
             self.rebuild()
-        heappush(self._heap, (self._score(entry), entry.last_use, entry.layer * self._experts + entry.expert, entry))
+        heappush(self._heap, (self._score(entry), entry.last_use, entry.key, entry))
 
     def rebuild(self) -> None:
         """Score every evictable expert anew, after a plan changed or to sweep out stale items."""
-        if self._score is not None:
-            self._heap = [
-                (self._score(e), e.last_use, key, e)
-                for key, e in self.entries.items()
-                if e.landed and not e.busy and not e.pinned
-            ]
+        if not self._changing:
+            free = [(k, e) for k, e in self.entries.items() if e.landed and not e.busy and not e.pinned]
+            self._heap = [(self._score(e), e.last_use, key, e) for key, e in free]
             heapify(self._heap)
 
     def victim(self) -> Entry | None:
         """The evictable expert of the lowest score, or None; the caller removes it."""
-        if self._score is None:
-            self._draws += 1
-            free = [k for k, e in self.entries.items() if e.landed and not e.busy and not e.pinned]
-            return self.entries[min(free, key=lambda k: _hash(self._seed, self._draws, k))] if free else None
-        heap = self._heap
+        return self._lowest() if self._changing else self._top()
+
+    def _lowest(self) -> Entry | None:
+        position = self._now.position
+        free = [
+            (self._score(e), e.last_use, key, e)
+            for key, e in self.entries.items()
+            if e.landed and not e.busy and not e.pinned and e.guard <= position
+        ]
+        return min(free)[3] if free else None
+
+    def _top(self) -> Entry | None:
+        heap, guarded = self._heap, []
+        found = None
         while heap:
             _, last_use, key, entry = heap[0]
             if self.entries.get(key) is entry and entry.last_use == last_use and entry.landed and not entry.busy:
-                return entry
+                if entry.guard <= self._now.position:
+                    found = entry
+                    break
+                guarded.append(heap[0])
             heappop(heap)
-        return None
+        for item in guarded:
+            heappush(heap, item)
+        return found
 
 
 def scorer(
-    eviction: Eviction, popularity: list[list[float]], totals: list[list[int]]
-) -> Callable[[Entry], float] | None:
-    """The score of an entry under `eviction`; None where it is the random order."""
-    features: dict[str, Callable[[Entry], float]] = {
+    eviction: Eviction, popularity: list[list[float]], totals: list[list[int]], now: Now, experts: int, seed: int
+) -> Score:
+    """The score of an entry under `eviction`, as a function; larger is kept longer."""
+    features: dict[str, Score] = {
         "lru": lambda e: e.last_use,
         "lfu": lambda e: e.uses,
-        "count": lambda e: totals[e.layer][e.expert],
+        "count": lambda e: totals[e.layer][e.expert % experts],
         "fifo": lambda e: e.brought,
-        "hot": lambda e: popularity[e.layer][e.expert],
+        "hot": lambda e: popularity[e.layer][e.expert % experts],
         "belady": lambda e: -e.next_use,
         "plan": lambda e: e.plan,
+        "random": lambda e: _hash(seed, now.position, e.layer * experts + e.expert),
+        "recency": lambda e: e.last_step / max(now.sequence_steps, 1),
+        "frequency": lambda e: e.uses / max(now.sequence_steps, 1),
+        "high": lambda e: e.high_uses / max(now.sequence_steps, 1),
+        "near": lambda e: 1 - ((e.layer - now.position) % now.layers) / now.layers,
+        "prob": lambda e: now.beliefs[e.layer][e.expert % experts] if e.layer in now.beliefs else 0.0,
     }
-    names = [name for name, _ in eviction.score]
-    if "random" in names:
-        return None
-    if len(names) == 1:
-        return features[names[0]]
+    if len(eviction.score) == 1 and eviction.combine == "sum":
+        return features[eviction.score[0][0]]
     terms = [(features[name], weight) for name, weight in eviction.score]
+    if eviction.combine == "product":
+        return lambda e: math.prod(feature(e) ** weight for feature, weight in terms)
     return lambda e: sum(weight * feature(e) for feature, weight in terms)

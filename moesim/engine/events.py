@@ -18,7 +18,7 @@ from moesim.engine.clock import Clock
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Copy
 from moesim.engine.residency import COMPUTE, FOREVER, HOST, NEVER, Residency, Slots
-from moesim.policies import cheaper, reroute
+from moesim.policies import LOW, SKIP, cheaper, precision_levels, reroute
 from moesim.prediction import Beliefs
 from moesim.records import Records
 from moesim.systems.system import System
@@ -39,7 +39,7 @@ class Knowledge:
     """
 
     popularity: NDArray[np.float64]
-    beliefs: Beliefs | None = None
+    beliefs: tuple[Beliefs, ...] = ()
     next_use: NDArray[np.int32] | None = None
 
 
@@ -55,6 +55,9 @@ class Batch:
     next_rows: NDArray[np.int64]
     prefill: list[tuple[int, int]]
     contexts: list[int]
+
+
+Waves = tuple[Beliefs, list[list[int]], list[list[int]]]  # of this step's tokens and of the next step's, by layer
 
 
 class Device:
@@ -75,7 +78,8 @@ class Device:
         self._env, self._trace, self._table, self._system = env, trace, table, system
         self._knowledge, self._records = knowledge, records
         self._layers = trace.layers
-        self._substituting = system.misses.changes_outputs
+        self._substituting = system.misses.substitutes
+        self._levels = system.misses.rule == "precision"
         self._arrived: deque[Entry] = deque()  # landed, not computed yet
         self._outstanding = self._hosting = 0  # copies and host experts the present layer still waits for
         self._wake: simpy.Event | None = None
@@ -101,16 +105,18 @@ class Device:
         rows = batch.rows
         chosen = self._by_layer(self._trace.experts, rows)
         ahead = self._by_layer(self._knowledge.next_use, rows)
-        beliefs = self._knowledge.beliefs
-        believed = self._by_layer(beliefs.experts, rows) if beliefs else []
-        believed_next = self._by_layer(beliefs.experts, batch.next_rows) if beliefs and beliefs.wraps else []
-        if self._substituting:
+        believed = [
+            (b, self._by_layer(b.experts, rows), self._by_layer(b.experts, batch.next_rows) if b.wraps else [])
+            for b in self._knowledge.beliefs
+        ]
+        if self._system.misses.changes_outputs:
             self.counts.routed += self._routed_weight(rows)
         start = env.now
         step_ns = self._table.step_ns(len(rows), len(batch.prefill) + len(batch.contexts))
         if step_ns:
             yield Timeout(env, step_ns)
             spent["step"] += step_ns
+        yield from self._foresee(-1, rows, believed)
         for layer, mixer_ns in enumerate(self._table.layers_ns(batch.prefill, batch.contexts)):
             began = env.now
             if mixer_ns:
@@ -118,12 +124,12 @@ class Device:
                 spent["mixer"] += mixer_ns
             if detail:
                 self._records.kernels.add((began, env.now, layer, MIXER))
-            self.memory.position = self._step * self._layers + layer
-            yield from self._experts_of(layer, began, rows, chosen[layer], ahead[layer] if ahead else None,
-                                        (believed, believed_next))  # fmt: skip
+            self.memory.now.position = self._step * self._layers + layer
+            yield from self._experts_of(layer, began, rows, chosen[layer], ahead[layer] if ahead else None, believed)
         if detail:
             self._records.kernels.add((start, start + step_ns, -1, STEP))
         self._step += 1
+        self.memory.now.sequence_steps += 1
 
     @staticmethod
     def _by_layer(values: NDArray[Any] | None, rows: NDArray[np.int64]) -> list[list[int]]:
@@ -142,24 +148,26 @@ class Device:
         rows: NDArray[np.int64],
         chosen: list[int],
         ahead: list[int] | None,
-        believed: tuple[list[list[int]], list[list[int]]],
+        believed: list[Waves],
     ) -> Generator[simpy.Event, Any, None]:
         """The routed experts of one layer: classify, bring in, compute what is here, then what arrives."""
-        env, counts, table, link = self._env, self.counts, self._table, self.memory.last
+        env, counts, link = self._env, self.counts, self.memory.last
         routed = env.now
         hits, lates, missed = counts.hits, counts.lates, counts.misses
         wanted = _tokens_per_expert(chosen, len(rows))
         next_use = dict(zip(chosen, ahead, strict=True)) if ahead else None
+        if self._levels:
+            wanted = self._lower(layer, rows, chosen)
         resident, late, misses = self._classify(layer, wanted, next_use)
         if self._substituting and (misses or late) and self.memory.here[layer]:
             resident = self._substitute(layer, rows, chosen)
             late, misses = [], []
         hosted = self._bring_in(layer, late, misses)
-        if self._knowledge.beliefs is not None:
-            self._prefetch(layer, *believed)
+        if believed:
+            yield from self._foresee(layer, rows, believed)
         waited = 0
         if resident:
-            ns = table.grouped_ns(len(resident), sum(entry.tokens for entry in resident))
+            ns = self._grouped_ns(resident)
             yield Timeout(env, ns)
             self._computed(ns, layer, RESIDENT)
             for entry in resident:
@@ -177,7 +185,7 @@ class Device:
             if self._arrived:
                 entry = self._arrived.popleft()
                 if entry.tokens:
-                    ns = table.expert_ns(entry.tokens)
+                    ns = self._grouped_ns([entry])
                     yield Timeout(env, ns)
                     self._computed(ns, layer, ARRIVED)
                 self.memory.release(entry)
@@ -205,37 +213,84 @@ class Device:
             since = read_end
         spent["nvme" if self._table.unified else "pcie"] += now - since
 
-    def _prefetch(self, layer: int, believed: list[list[int]], believed_next: list[list[int]]) -> None:
-        """Queue what is believed of the layer `distance` ahead, in this token or the next; lists are per layer."""
-        beliefs = self._knowledge.beliefs
-        assert beliefs is not None
+    def _grouped_ns(self, entries: list[Entry]) -> int:
+        """One grouped kernel per precision."""
+        if not self._levels:
+            return self._table.grouped_ns(len(entries), sum([e.tokens for e in entries]))
+        count = self.memory.experts
+        high = [e.tokens for e in entries if e.expert < count]
+        ns = self._table.grouped_ns(len(high), sum(high)) if high else 0
+        if len(high) < len(entries):
+            low = [e.tokens for e in entries if e.expert >= count]
+            ns += self._table.grouped_ns(len(low), sum(low), self._system.misses.low_bits)
+        return ns
+
+    def _foresee(self, layer: int, rows: NDArray[np.int64], believed: list[Waves]) -> Generator[simpy.Event, Any, None]:
+        """What becomes known when `layer` has been routed (-1: when the step starts) turns into prefetches."""
+        calls = [call for wave in believed for call in self._due(layer, rows, wave)]
+        prefetch = self._system.prefetch
+        if not calls:
+            return
+        if prefetch.latency_ns and not prefetch.blocking:
+            Timeout(self._env, prefetch.latency_ns).callbacks.append(lambda _: self._prefetch(calls))
+            return
+        if prefetch.latency_ns:
+            yield Timeout(self._env, prefetch.latency_ns)
+            self.counts.spent["predict"] += prefetch.latency_ns
+        self._prefetch(calls)
+
+    def _due(self, layer: int, rows: NDArray[np.int64], wave: Waves) -> list[tuple[int, list[int], int]]:
+        """(target layer, believed experts, position they are for) of one set of beliefs at this moment."""
+        beliefs, here, following = wave
+        if (beliefs.distance == 0) != (layer < 0):
+            return []
+        base = self._step * self._layers
+        if layer < 0:
+            for target in range(self._layers) if beliefs.map is not None else ():
+                self._believe(beliefs, target, rows)
+            return [(target, here[target], base + target) for target in range(self._layers)]
         target = layer + beliefs.distance
         wrapped = target >= self._layers
-        wanted = believed_next if wrapped else believed
+        lists = following if wrapped else here
         target -= wrapped * self._layers
-        if wanted and target < self._layers:
-            self.memory.prefetch(target, wanted[target], (self._step + wrapped) * self._layers + target)
+        if not lists or target >= self._layers:
+            return []
+        if beliefs.map is not None and not wrapped:
+            self._believe(beliefs, target, rows)
+        return [(target, lists[target], base + wrapped * self._layers + target)]
+
+    def _believe(self, beliefs: Beliefs, target: int, rows: NDArray[np.int64]) -> None:
+        assert beliefs.map is not None
+        self.memory.now.beliefs[target] = beliefs.map[rows, target].astype(float).mean(axis=0).tolist()
+
+    def _prefetch(self, calls: list[tuple[int, list[int], int]]) -> None:
+        for target, experts, expires in calls:
+            if expires > self.memory.now.position:
+                queued = self.memory.prefetch(target, experts, expires)
+                if queued and self._system.prefetch.first_missing:
+                    return
 
     def _classify(
         self, layer: int, wanted: dict[int, int], next_use: dict[int, int] | None
     ) -> tuple[list[Entry], list[Copy], list[Copy]]:
         """Hits, lates and misses of one atomic event, each touched in rank order; nothing is brought in yet."""
         memory, counts = self.memory, self.counts
-        here, base, coming, totals = memory.here[layer], layer * memory.experts, memory.coming, memory.totals
+        here, base, coming, totals = memory.here[layer], memory.key(layer, 0), memory.coming, memory.totals
+        step, width = memory.now.sequence_steps, memory.experts
         resident: list[Entry] = []
         late: list[Copy] = []
         misses: list[Copy] = []
         tick = memory.tick
         for expert, tokens in wanted.items():
             tick += 1
-            ahead = next_use[expert] if next_use else NEVER
+            ahead = next_use[expert % width] if next_use else NEVER
             if totals is not None:
-                totals[layer][expert] += 1
+                totals[layer][expert % width] += 1
             entry = here.get(expert)
             if entry is not None and entry.landed:
                 if entry.prefetched:
                     self.memory.used(entry)
-                _touch(entry, tick, ahead, tokens)
+                _touch(entry, tick, ahead, tokens, step, expert < width)
                 resident.append(entry)
                 continue
             copy = coming.get(base + expert)
@@ -248,7 +303,7 @@ class Device:
                     continue  # the token goes elsewhere and the copy lands in its own time
             copy.wanted = (tick, ahead, tokens)
             if entry is not None:
-                _touch(entry, tick, ahead, tokens)
+                _touch(entry, tick, ahead, tokens, step, expert < width)
         memory.tick = tick
         counts.lookups += len(wanted)
         counts.hits += len(resident)
@@ -326,8 +381,36 @@ class Device:
             if here[expert].busy:
                 here[expert].tokens = count
             else:
-                _touch(here[expert], self.memory.tick, here[expert].next_use, count)
+                now = self.memory.now.sequence_steps
+                _touch(here[expert], self.memory.tick, here[expert].next_use, count, now, True)
         return [here[expert] for expert in tokens]
+
+    def _lower(self, layer: int, rows: NDArray[np.int64], chosen: list[int]) -> dict[int, int]:
+        """The copies the step needs: at full precision where resident, else at the level its tokens' weights ask for.
+
+        An expert several tokens want is brought in once, at the highest level any of them asks for.
+        """
+        here, counts, width = self.memory.here[layer], self.counts, self.memory.experts
+        k, thresholds = self._trace.top_k, self._system.misses.thresholds
+        needs: dict[int, tuple[int, int, float]] = {}  # expert: level, tokens, weight
+        for i, row in enumerate(rows.tolist()):
+            weights = self._weights(layer, row, k)
+            levels = precision_levels(weights, thresholds)
+            for expert, level, weight in zip(chosen[i * k : (i + 1) * k], levels, weights, strict=True):
+                if expert >= 0:
+                    old = needs.get(expert, (SKIP, 0, 0.0))
+                    needs[expert] = (max(old[0], level), old[1] + 1, old[2] + weight)
+        wanted: dict[int, int] = {}
+        for expert, (level, tokens, weight) in needs.items():
+            entry, low = here.get(expert), here.get(expert + width)
+            if (entry is not None and entry.landed) or level > LOW:
+                wanted[expert] = tokens
+            elif level == LOW or (low is not None and low.landed):
+                wanted[expert + width] = tokens
+                counts.lowered += weight
+            else:
+                counts.skipped += weight
+        return wanted
 
     def _preference(self, layer: int, row: int) -> list[int]:
         """Experts in gate order, or by popularity where the trace keeps no probabilities."""
@@ -344,10 +427,11 @@ class Device:
         return [1.0 / k] * k if weights is None else weights[row, layer].astype(float).tolist()
 
 
-def _touch(entry: Entry, tick: int, next_use: int, tokens: int) -> None:
+def _touch(entry: Entry, tick: int, next_use: int, tokens: int, step: int, high: bool) -> None:
     entry.busy, entry.tokens = True, tokens
-    entry.last_use, entry.next_use = tick, next_use
+    entry.last_use, entry.next_use, entry.last_step = tick, next_use, step
     entry.uses += 1
+    entry.high_uses += high
 
 
 def _tokens_per_expert(chosen: list[int], tokens: int) -> dict[int, int]:

@@ -19,12 +19,21 @@ class Copy:
     """One expert on its way to the device."""
 
     __slots__ = (
-        "demand", "entry", "expert", "expires", "flying", "keep", "layer", "link", "nbytes", "parts", "plan",
+        "demand", "entry", "expert", "expires", "flying", "keep", "key", "layer", "link", "nbytes", "parts", "plan",
         "promoted", "read_end", "size", "stage", "wanted",
     )  # fmt: skip
 
-    def __init__(self, layer: int, expert: int, nbytes: int, parts: int, demand: bool, expires: int, keep: bool):
-        self.layer, self.expert, self.size, self.nbytes, self.parts = layer, expert, nbytes, nbytes, parts
+    def __init__(
+        self, layer: int, expert: int, key: int, nbytes: int, parts: int, demand: bool, expires: int, keep: bool
+    ) -> None:
+        self.layer, self.expert, self.key, self.size, self.nbytes, self.parts = (
+            layer,
+            expert,
+            key,
+            nbytes,
+            nbytes,
+            parts,
+        )
         self.demand, self.expires, self.keep = demand, expires, keep
         self.promoted = self.flying = False
         self.entry: Entry | None = None  # its slot, from the moment the copy into device memory starts

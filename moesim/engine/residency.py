@@ -12,7 +12,7 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
-from moesim.engine.cache import Entry, Pool, scorer
+from moesim.engine.cache import Entry, Now, Pool, scorer
 from moesim.engine.clock import Clock
 from moesim.engine.fluid import Fluid
 from moesim.engine.host_tier import HostTier
@@ -31,10 +31,14 @@ DEMAND, PREFETCH, LATE, PLANNED, WRITE_BACK, COMPUTE = range(len(KINDS))
 
 @dataclass(frozen=True)
 class Slots:
-    """Device memory for experts, in bytes: one capacity per layer, or one for all; scratch counts experts."""
+    """Device memory for experts, in bytes: one capacity per layer; `scratch` counts experts used once and forgotten.
+
+    low: the same for low-precision copies, where the system keeps any.
+    """
 
     per_layer: tuple[int, ...]
     scratch: int
+    low: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -58,6 +62,7 @@ class Counts:
     routed: float = 0.0  # weight of all routed (token, expert) pairs
     rerouted: float = 0.0
     skipped: float = 0.0
+    lowered: float = 0.0  # computed at low precision
     spent: Counter[str] = field(default_factory=Counter)  # ns on the critical path, by what it was spent on
 
 
@@ -79,26 +84,43 @@ class Residency:
         self._env, self._table, self._system, self._records, self._tier = env, table, system, records, tier
         self._arrived = arrived
         layers, self.experts = popularity.shape
+        low_bits = system.misses.low_bits
         self._bytes = [table.expert_bytes(layer) for layer in range(layers)]
+        self._low_bytes = [table.expert_bytes(layer, low_bits) for layer in range(layers)] if low_bits else []
         self._parts = table.matrices if system.transfer.unit == "matrix" else 1
+        self._width = 2 * self.experts  # ids from `experts` on are low-precision copies
         self.here: list[dict[int, Entry]] = [{} for _ in range(layers)]  # experts that hold a slot, by layer
-        self.coming: dict[int, Copy] = {}  # queued and flying copies by layer x experts + expert
+        self.coming: dict[int, Copy] = {}  # queued and flying copies, by `key`
         self._done: list[Entry] = []  # computed in the present layer, still protected
         self._planned: list[Copy] = []
         self._blocked = False
         self._scratch_free = slots.scratch
         self._brought = 0
         self.tick = 0  # experts looked up so far
-        self.position = -1  # step x layers + layer of the last router decision
+        self.now = Now(layers)
         self.counts = Counts()
         totals = [[0] * self.experts for _ in range(layers)]
         self.totals = totals if any(name == "count" for name, _ in system.eviction.score) else None
-        score = scorer(system.eviction, popularity.tolist(), totals)
-        if system.eviction.scope == "layer":
-            self._pools = [Pool(size, score, seed, self.experts) for size in slots.per_layer]
-        else:
-            self._pools = [Pool(slots.total, score, seed, self.experts)] * layers
+        self._score = scorer(system.eviction, popularity.tolist(), totals, self.now, self.experts, seed)
+        self._pools = self._make_pools(slots.per_layer)
+        self._low_pools = self._make_pools(slots.low)
         self._connect()
+
+    def _make_pools(self, sizes: tuple[int, ...]) -> list[Pool]:
+        """One pool per layer, or one and the same for all layers."""
+
+        def make(size: int) -> Pool:
+            return Pool(size, self._score, self._system.eviction.changing, self.now)
+
+        if self._system.eviction.scope == "layer":
+            return [make(size) for size in sizes]
+        return [make(sum(sizes))] * len(sizes)
+
+    def key(self, layer: int, expert: int) -> int:
+        return layer * self._width + expert
+
+    def _pool(self, layer: int, expert: int) -> Pool:
+        return self._pools[layer] if expert < self.experts else self._low_pools[layer]
 
     def _connect(self) -> None:
         """Links and executors, sharing only those resources that they could oversubscribe together."""
@@ -116,7 +138,7 @@ class Residency:
             return Link(
                 env, fluid, uses, part_ns,
                 reserve=self._reserve if last else lambda copy: True,
-                passed=lambda copy: copy.expires <= self.position,
+                passed=lambda copy: copy.expires <= self.now.position,
                 drop=self._drop,
                 landed=self._landed if last else self._read,
                 record=partial(self._record_copy, which) if self._records.detail else None,
@@ -137,7 +159,7 @@ class Residency:
 
     def place(self, layer: int, expert: int, pinned: bool) -> bool:
         """Put an expert there before time begins; False where it does not fit."""
-        entry = Entry(layer, expert, self._bytes[layer], self._brought)
+        entry = Entry(layer, expert, self._bytes[layer], self._brought, self.key(layer, expert))
         pool = self._pools[layer]
         if pool.used + entry.bytes > pool.capacity:
             return False
@@ -151,19 +173,29 @@ class Residency:
     def resize(self, per_layer: Iterable[int]) -> None:
         """New capacities between two steps, when the KV cache grew or shrank; the lowest scores leave first."""
         sizes = list(per_layer)
-        pools = self._pools if self._system.eviction.scope == "layer" else self._pools[:1]
-        for pool, size in zip(pools, sizes if len(pools) > 1 else [sum(sizes)], strict=True):
+        one = self._system.eviction.scope == "global"
+        pools = self._pools[:1] if one else self._pools
+        for pool, size in zip(pools, [sum(sizes)] if one else sizes, strict=True):
             pool.capacity = size
             while pool.used > pool.capacity and (victim := pool.victim()):
                 self._evict(pool, victim)
 
     @property
     def resident_bytes(self) -> int:
-        return sum({id(pool): pool.used for pool in self._pools}.values())
+        return sum({id(pool): pool.used for pool in (*self._pools, *self._low_pools)}.values())
+
+    def new_sequence(self) -> None:
+        """A request was admitted: policies that count per sequence forget."""
+        if self._system.eviction.per_sequence:
+            self.now.sequence_steps = 0
+            for pool in dict.fromkeys((*self._pools, *self._low_pools)):
+                for entry in pool.entries.values():
+                    entry.uses = entry.high_uses = entry.last_step = 0
+                pool.rebuild()
 
     def _reserve(self, copy: Copy) -> bool:
         """Take a slot for a copy that is about to start (rule 5); False where every slot is in use."""
-        pool = self._pools[copy.layer]
+        pool = self._pool(copy.layer, copy.expert)
         if not copy.keep:
             if self._scratch_free <= (0 if copy.demand else 1):  # a prefetch leaves one for demands
                 self._blocked = True
@@ -177,13 +209,16 @@ class Residency:
                     return False
                 self._evict(pool, victim)
         entry = Entry(
-            copy.layer, copy.expert, copy.nbytes, self._brought, keep=copy.keep, plan=copy.plan,
+            copy.layer, copy.expert, copy.nbytes, self._brought, copy.key, keep=copy.keep, plan=copy.plan,
             prefetched=not copy.demand, last_use=self.tick, next_use=min(copy.expires, NEVER),
         )  # fmt: skip
         self._brought += 1
+        if self._system.prefetch.pin and not copy.demand:
+            entry.guard = copy.expires
         if copy.wanted:
             entry.last_use, entry.next_use, entry.tokens = copy.wanted
-            entry.busy, entry.uses = True, 1
+            entry.busy, entry.uses, entry.last_step = True, 1, self.now.sequence_steps
+            entry.high_uses = int(copy.expert < self.experts)
         if copy.keep:
             pool.add(entry)
         self.here[copy.layer][copy.expert] = copy.entry = entry
@@ -205,7 +240,7 @@ class Residency:
     def _computed_own(self, pool: Pool) -> Entry | None:
         """More experts than slots: the one of this layer that was computed first makes room for the next."""
         for entry in self._done:
-            if self._pools[entry.layer] is pool:
+            if self._pool(entry.layer, entry.expert) is pool:
                 self._done.remove(entry)
                 return entry
         return None
@@ -227,7 +262,7 @@ class Residency:
         """The present event's experts may leave; scratch slots prefetched for it in vain are free."""
         for entry in self._done:
             entry.busy = False
-            self._pools[layer].offer(entry)
+            self._pool(layer, entry.expert).offer(entry)
         self._done.clear()
         if not self._system.cache:
             for entry in [e for e in self.here[layer].values() if e.landed and not e.keep]:
@@ -242,16 +277,17 @@ class Residency:
     # -- copies -------------------------------------------------------------------------------------------------
 
     def submit(self, copy: Copy) -> None:
-        self.coming[copy.layer * self.experts + copy.expert] = copy
+        self.coming[copy.key] = copy
         absent = self._tier is not None and not self._tier.touch(copy.layer, copy.expert, copy.size)
         (self.nvme if absent else self.last).submit(copy)
 
     def copy(self, layer: int, expert: int, demand: bool, expires: int, keep: bool) -> Copy:
-        return Copy(layer, expert, self._bytes[layer], self._parts, demand, expires, keep)
+        nbytes = self._bytes[layer] if expert < self.experts else self._low_bytes[layer]
+        return Copy(layer, expert, self.key(layer, expert), nbytes, self._parts, demand, expires, keep)
 
     def rest_of_layer(self, layer: int, demanded: set[int]) -> list[Copy]:
         """Every other expert of the layer: an expert-agnostic engine moves whole layers."""
-        here, base = self.here[layer], layer * self.experts
+        here, base = self.here[layer], self.key(layer, 0)
         rest = []
         for expert in range(self.experts):
             if expert not in here and expert not in demanded and base + expert not in self.coming:
@@ -268,10 +304,10 @@ class Residency:
 
     def _drop(self, copy: Copy) -> None:
         self.counts.dropped += 1
-        del self.coming[copy.layer * self.experts + copy.expert]
+        del self.coming[copy.key]
 
     def _landed(self, copy: Copy) -> None:
-        del self.coming[copy.layer * self.experts + copy.expert]
+        del self.coming[copy.key]
         entry = copy.entry
         assert entry is not None
         entry.landed = True
@@ -284,26 +320,33 @@ class Residency:
             entry.read_end = copy.read_end
             self._arrived(entry)
         elif entry.keep:
-            self._pools[entry.layer].offer(entry)
+            self._pool(entry.layer, entry.expert).offer(entry)
             self._unblock()
-        elif copy.expires <= self.position:  # its layer is over, and there is no cache to keep it in
+        elif copy.expires <= self.now.position:  # its layer is over, and there is no cache to keep it in
             self._discard(entry)
 
     def used(self, entry: Entry) -> None:
         entry.prefetched = False
         self.counts.prefetch_used_bytes += entry.bytes
 
-    def prefetch(self, target: int, believed: list[int], expires: int) -> None:
-        """Queue the believed experts of layer `target`, in order of trust; `expires` is the position they are for."""
-        here, base, room = self.here[target], target * self.experts, self._system.prefetch.per_layer
+    def prefetch(self, target: int, believed: list[int], expires: int) -> int:
+        """Queue the believed experts of layer `target`, in order of trust; `expires` is the position they are for.
+
+        Returns how many are on their way to that layer now that were missing.
+        """
+        here, base, room = self.here[target], self.key(target, 0), self._system.prefetch.per_layer
+        queued = 0
         for expert in dict.fromkeys(believed):
-            if expert < 0 or expert in here or base + expert in self.coming:
+            entry = here.get(expert) or (here.get(expert - self.experts) if expert >= self.experts else None)
+            if entry is not None and self._system.prefetch.pin:
+                entry.guard = max(entry.guard, expires)
+            if expert < 0 or entry is not None or base + expert in self.coming:
                 continue
-            if room is not None:
-                if not room:
-                    return
-                room -= 1
+            if queued == room:
+                break
+            queued += 1
             self.submit(self.copy(target, expert, False, expires, self._system.cache))
+        return queued
 
     def plan(self, values: NDArray[np.float64]) -> None:
         """Keep the experts of highest value [layers, experts]; bring in, layer after layer, those that are absent."""
@@ -327,7 +370,7 @@ class Residency:
         )
         room = pool.capacity // max(self._bytes[layer] for layer in layers)
         for value, absent, layer, expert in sorted(ranked[:room], key=lambda r: (r[2], r[0], r[3])):
-            if absent and layer * self.experts + expert not in self.coming:
+            if absent and self.key(layer, expert) not in self.coming:
                 copy = self.copy(layer, expert, False, FOREVER, True)
                 copy.plan = -float(value)
                 self._planned.append(copy)

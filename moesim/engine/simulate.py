@@ -64,7 +64,7 @@ def simulate(
     setting: Setting,
     system: System,
     detail: bool = False,
-    beliefs: Beliefs | None = None,
+    beliefs: tuple[Beliefs, ...] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
     """Serve the workload to its end. The same arguments give the same outcome, bit for bit."""
@@ -77,7 +77,7 @@ def simulate(
     next_use = next_uses(setting) if system.eviction.looks_ahead else None
     expert_bytes = [table.expert_bytes(layer) for layer in range(trace.layers)]
     total = sum(expert_bytes) * trace.info.experts if system.all_resident else setting.expert_bytes
-    slots = Slots(split_by_layer(total if system.cache else 0, expert_bytes), scratch=max(2, trace.top_k))
+    slots = _slots(total if system.cache else 0, expert_bytes, system, table, trace)
     tier = None
     if setting.host_bytes:
         tier = HostTier(setting.host_bytes, trace.layers, trace.info.experts, expert_bytes)
@@ -133,6 +133,16 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _slots(total: int, expert_bytes: list[int], system: System, table: CostTable, trace: Trace) -> Slots:
+    """Device memory as the system divides it: a share for low-precision copies, the rest by layer."""
+    low: tuple[int, ...] = ()
+    if system.misses.rule == "precision":
+        low_bytes = [table.expert_bytes(layer, system.misses.low_bits) for layer in range(trace.layers)]
+        low = split_by_layer(int(total * system.misses.low_share), low_bytes)
+        total -= sum(low)
+    return Slots(split_by_layer(total, expert_bytes), max(2, trace.top_k), low)
+
+
 def split_by_layer(total: int, expert_bytes: list[int]) -> tuple[int, ...]:
     """Device memory of each layer: whole slots dealt out one by one, so that earlier layers hold at most one more."""
     layers = len(expert_bytes)
@@ -173,6 +183,7 @@ class _Planner:
 
     def admitted(self, request: Request, running: list[Request]) -> None:
         refresh = self._refresh
+        self._device.memory.new_sequence()
         if refresh is None:
             return
         if self._admitted and self._admitted % refresh.period == 0:

@@ -1,7 +1,7 @@
 """The choices a serving system makes. They decide; they hold no clock and start no event."""
 
 from moesim.policies.eviction import BELADY, FIFO, HOT, LFU, LRU, PLAN, RANDOM, Eviction
-from moesim.policies.misses import Misses, cheaper, reroute
+from moesim.policies.misses import HIGH, LOW, SKIP, Misses, cheaper, precision_levels, reroute
 from moesim.policies.placement import Placement
 from moesim.policies.prefetch import Prefetch, Refresh
 from moesim.policies.scheduling import FCFS, Candidate, GreedySLO, Scheduling
@@ -10,5 +10,5 @@ from moesim.policies.transfer import Transfer
 __all__ = [
     "BELADY", "FCFS", "FIFO", "HOT", "LFU", "LRU", "PLAN", "RANDOM",
     "Candidate", "Eviction", "GreedySLO", "Misses", "Placement", "Prefetch", "Refresh", "Scheduling", "Transfer",
-    "cheaper", "reroute",
+    "HIGH", "LOW", "SKIP", "cheaper", "precision_levels", "reroute",
 ]  # fmt: skip

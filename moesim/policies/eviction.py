@@ -16,19 +16,31 @@ FEATURES = {
     "belady": "next use, sooner is larger; looks ahead",
     "plan": "value the last plan gave it (Refresh); 0 where no plan names it",
     "random": "a seeded hash, drawn anew for every eviction",
+    "recency": "step of the last use over steps so far, in this sequence (HOBBIT's R/T)",
+    "frequency": "uses over steps so far, in this sequence (HOBBIT's F/T)",
+    "high": "uses at high precision over steps so far, in this sequence (HOBBIT's H/T)",
+    "near": "1 - layers until its layer comes round again / layers (HOBBIT's FLD)",
+    "prob": "probability in the newest belief about its layer; 0 where there is none",
 }
+# These change without the expert being touched, so candidates are scored anew for every victim.
+CHANGING = {"random", "recency", "frequency", "high", "near", "prob"}
+COMBINATIONS = ("sum", "product")
 SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """Score = sum of weight x feature; ties go to the least recently used, then to the lower (layer, expert).
+    """Score = sum of weight x feature, or product of feature ** weight; ties go to the least recently used, then to
+    the lower (layer, expert).
 
-    `scope` says what competes for a slot: the experts of one layer, or all of them.
+    scope: what competes for a slot: the experts of one layer, or all of them.
+    per_sequence: uses are forgotten when a new request is admitted.
     """
 
     score: tuple[tuple[str, float], ...] = (("lru", 1.0),)
     scope: str = "layer"
+    combine: str = "sum"
+    per_sequence: bool = False
 
     def __post_init__(self) -> None:
         if not self.score:
@@ -36,8 +48,14 @@ class Eviction:
         for feature, _ in self.score:
             if feature not in FEATURES:
                 raise PolicyError(f"eviction.score: unknown feature '{feature}'{nearest(feature, FEATURES)}")
+        if self.combine not in COMBINATIONS:
+            raise PolicyError(f"eviction.combine '{self.combine}' must be one of {', '.join(COMBINATIONS)}")
         if self.scope not in SCOPES:
             raise PolicyError(f"eviction.scope '{self.scope}' must be one of {', '.join(SCOPES)}")
+
+    @property
+    def changing(self) -> bool:
+        return any(feature in CHANGING for feature, _ in self.score)
 
     @property
     def looks_ahead(self) -> bool:

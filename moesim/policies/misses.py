@@ -13,22 +13,41 @@ RULES = {
     "cheaper": "fetch or host, whichever would take less time alone",
     "reroute": "send the token to its next best resident expert",
     "skip": "leave it out of the token's mixture",
+    "precision": "fetch it at high or low precision or skip it, by the weight of the experts ranked before it",
 }
+HIGH, LOW, SKIP = 2, 1, 0
 
 
 @dataclass(frozen=True)
 class Misses:
-    """`keep=False`: a fetched expert is used once from a scratch slot and does not enter the cache."""
+    """keep=False: a fetched expert is used once from a scratch slot and does not enter the cache.
+
+    thresholds: (T1, T2) of the rule `precision`; low_bits: bits per weight of the low-precision copies it fetches;
+    low_share: share of the expert memory kept for them.
+    """
 
     rule: str = "fetch"
     keep: bool = True
+    thresholds: tuple[float, float] = (0.6, 0.9)
+    low_bits: float | None = None
+    low_share: float = 0.2
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise PolicyError(f"misses.rule: unknown rule '{self.rule}'{nearest(self.rule, RULES)}")
+        if self.rule == "precision" and (self.low_bits is None or not 0 < self.low_share < 1):
+            raise PolicyError("misses.rule precision needs low_bits and a low_share between 0 and 1")
+        low, high = self.thresholds
+        if not 0 <= low <= high:
+            raise PolicyError(f"misses.thresholds {low:g}, {high:g}: T1 must be at least 0 and T2 at least T1")
 
     @property
     def changes_outputs(self) -> bool:
+        return self.rule in ("reroute", "skip", "precision")
+
+    @property
+    def substitutes(self) -> bool:
+        """Absent experts are not waited for: the token goes elsewhere, or without."""
         return self.rule in ("reroute", "skip")
 
 
@@ -52,4 +71,18 @@ def reroute(chosen: Sequence[int], resident: Container[int], preference: Iterabl
         substitute = next((e for e in candidates if e in resident and e not in used), -1)
         used.add(substitute)
         out.append(substitute)
+    return out
+
+
+def precision_levels(weights: Sequence[float], thresholds: tuple[float, float]) -> list[int]:
+    """HIGH, LOW or SKIP for each expert of a token, by rank (HOBBIT, section 3.2).
+
+    An expert's unimportance is the normalised weight of all ranked before it, so the first is always HIGH.
+    """
+    total = sum(weights) or 1.0
+    before, out = 0.0, []
+    for weight in weights:
+        score = before / total
+        out.append(HIGH if score <= thresholds[0] else LOW if score <= thresholds[1] else SKIP)
+        before += weight
     return out

@@ -9,13 +9,24 @@ from moesim.errors import PolicyError
 
 @dataclass(frozen=True)
 class Prefetch:
-    """At most `per_layer` copies are queued for one layer of one step; None means all that are predicted."""
+    """per_layer: at most so many copies are queued for one layer of one step; None means all that are predicted.
+
+    first_missing: look further ahead only while nothing nearer is missing (HOBBIT).
+    pin: what is predicted may not be evicted before its layer is over (HOBBIT).
+    latency_ns: from the trigger to the first copy; blocking: the step waits for it (MoE-Infinity), else it runs beside.
+    """
 
     per_layer: int | None = None
+    first_missing: bool = False
+    pin: bool = False
+    latency_ns: int = 0
+    blocking: bool = False
 
     def __post_init__(self) -> None:
         if self.per_layer is not None and self.per_layer < 1:
             raise PolicyError(f"prefetch.per_layer {self.per_layer} must be at least 1; leave prediction out for none")
+        if self.latency_ns < 0:
+            raise PolicyError(f"prefetch.latency_ns {self.latency_ns} must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from moesim.trace import Trace
 
 @dataclass(frozen=True)
 class Oracle:
-    """Names the experts a token will choose, `distance` layers ahead.
+    """Names the experts a token will choose, `distance` layers ahead (0: all layers when the step starts).
 
     recall < 1 replaces each named expert, independently, by one the token does not choose: the way to simulate a
     predictor of a stated accuracy, labelled `assumed`. Precision equals recall, since the number named stays k.
@@ -26,20 +26,20 @@ class Oracle:
     def __post_init__(self) -> None:
         if not 0 <= self.recall <= 1:
             raise PolicyError(f"oracle recall {self.recall} must lie between 0 and 1")
-        if self.distance < 1:
-            raise PolicyError(f"oracle distance {self.distance} must be at least 1 layer")
+        if self.distance < 0:
+            raise PolicyError(f"oracle distance {self.distance} must be at least 0 layers")
 
     @property
     def provenance(self) -> str:
         return "oracle" if self.recall == 1 else "assumed"
 
-    def predict(self, trace: Trace, seed: int) -> Beliefs:
+    def predict(self, trace: Trace, seed: int) -> tuple[Beliefs, ...]:
         named = trace.experts.copy()
         if self.recall < 1 and trace.top_k < trace.info.experts:
             rng = np.random.default_rng([seed, 0x0AC1E])
             for layer in range(trace.layers):
                 _spoil(named[:, layer], trace.info.experts, self.recall, rng)
-        return Beliefs(named, self.distance, self.wraps)
+        return (Beliefs(named, self.distance, self.wraps),)
 
 
 def _spoil(named: np.ndarray, experts: int, recall: float, rng: np.random.Generator) -> None:

@@ -15,14 +15,17 @@ from moesim.trace import Trace
 class Beliefs:
     """Row t, layer l of `experts` is what was believed of token t at layer l, likeliest first, -1 for nothing.
 
-    experts   int16 [tokens, layers, candidates]
-    distance  layers between the router whose decision triggers the belief and the layer it is about
+    experts   int16 [tokens, layers, candidates]; an id of `experts + e` names the low-precision copy of expert e
+    distance  layers between the router whose decision triggers the belief and the layer it is about;
+              0: known for all layers when the step starts
     wraps     the first `distance` layers of a token are predicted during the token before it (same request)
+    map       float16 [tokens, layers, experts] or None: probabilities that eviction may go by
     """
 
     experts: NDArray[np.int16]
     distance: int
-    wraps: bool
+    wraps: bool = False
+    map: NDArray[np.float16] | None = None
 
 
 class Predictor(Protocol):
@@ -32,7 +35,9 @@ class Predictor(Protocol):
     def provenance(self) -> str:  # none | learned | assumed | oracle
         ...
 
-    def predict(self, trace: Trace, seed: int) -> Beliefs | None: ...
+    def predict(self, trace: Trace, seed: int) -> tuple[Beliefs, ...]:
+        """One set of beliefs per moment of knowing, nearest layer first."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,5 +48,5 @@ class NoPrediction:
     def provenance(self) -> str:
         return "none"
 
-    def predict(self, trace: Trace, seed: int) -> None:
-        return None
+    def predict(self, trace: Trace, seed: int) -> tuple[Beliefs, ...]:
+        return ()

@@ -31,13 +31,13 @@ class Transitions:
     def provenance(self) -> str:
         return "learned"
 
-    def predict(self, trace: Trace, seed: int) -> Beliefs:
+    def predict(self, trace: Trace, seed: int) -> tuple[Beliefs, ...]:
         top = min(self.top or trace.top_k, trace.info.experts)
         out = np.full((trace.tokens, trace.layers, top), -1, dtype=np.int16)
         for layer in range(trace.layers):
             source, target = _pair(trace, layer)
             self._learn_and_name(source, target, trace.info.experts, out[:, layer])
-        return Beliefs(out, distance=1, wraps=True)
+        return (Beliefs(out, distance=1, wraps=True),)
 
     def _learn_and_name(
         self, source: NDArray[np.int16], target: NDArray[np.int16], experts: int, out: NDArray[np.int16]

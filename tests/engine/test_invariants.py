@@ -202,15 +202,15 @@ def test_predictors_are_causal(seed, cut, predictor):
     other = random_trace(30, 3, 8, 2, seed + 1, requests=3)
     mixed = trace.experts.copy()
     mixed[cut:] = other.experts[cut:]
-    before = predictor.predict(trace, 0)
-    after = predictor.predict(replace(trace, experts=mixed), 0)
+    (before,) = predictor.predict(trace, 0)
+    (after,) = predictor.predict(replace(trace, experts=mixed), 0)
     np.testing.assert_array_equal(before.experts[:cut], after.experts[:cut])
 
 
 def test_the_oracle_alone_looks_ahead():
     trace = random_trace(30, 3, 8, 2, 0)
-    np.testing.assert_array_equal(Oracle().predict(trace, 0).experts, trace.experts)
-    named = Oracle(recall=0.7).predict(trace, 0).experts
+    np.testing.assert_array_equal(Oracle().predict(trace, 0)[0].experts, trace.experts)
+    named = Oracle(recall=0.7).predict(trace, 0)[0].experts
     right = (named[:, :, :, None] == trace.experts[:, :, None, :]).any(axis=3).mean()
     assert 0.6 < right < 0.8
     assert (np.sort(named, axis=2)[:, :, 1:] != np.sort(named, axis=2)[:, :, :-1]).all(), "named experts are distinct"
@@ -281,7 +281,8 @@ def test_a_demand_passes_between_the_matrices_of_a_prefetch():
 def test_prefetches_for_a_passed_layer_are_dropped():
     """A belief about layer 1 that is still queued when layer 1 is routed elsewhere is never copied."""
     trace = make_trace([[[0], [3]]], 4)
-    wrong = replace(Oracle(distance=1).predict(trace, 0), experts=np.array([[[0], [1]]], dtype=np.int16))
+    (exact,) = Oracle(distance=1).predict(trace, 0)
+    wrong = (replace(exact, experts=np.array([[[0], [1]]], dtype=np.int16)),)
     system = System("test", eviction=LRU)
     out = simulate(setting(trace, 4, table=FakeTable(2, mixer=1, copy=1000)), system, detail=True, beliefs=wrong)
     assert out.counts.prefetched + out.counts.dropped == 1
