@@ -175,7 +175,8 @@ def _edit(table: pa.Table, what: str) -> pa.Table:
 
 TRACE_FAULTS = [
     "truncated", "text", "wrong-id", "negative-id", "twice", "nan-weight", "negative-weight", "nan-probability",
-    "no-experts", "no-phase", "no-position", "no metadata", "k above experts", "future schema", "physical ids", "layers",
+    "no-experts", "no-phase", "no-position", "no metadata", "k above experts", "future schema", "physical ids",
+    "layers",
 ]  # fmt: skip
 
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from moesim.commands.trace import app
 from moesim.errors import TraceError
 from moesim.trace import TraceInfo, io
-from moesim.commands.trace import app
 from moesim.trace.cut import cut
 from moesim.trace.importers import FORMATS
 
