@@ -7,7 +7,7 @@ from moesim.policies.prefetch import Prefetch, Refresh
 from moesim.policies.scheduling import FCFS, Candidate, GreedySLO, Scheduling
 from moesim.policies.transfer import Transfer
 
-__all__ = [
+__all__ = [  # noqa: RUF022
     "BELADY", "FCFS", "FIFO", "HOT", "LFU", "LRU", "PLAN", "RANDOM",
     "Candidate", "Eviction", "GreedySLO", "Misses", "Placement", "Prefetch", "Refresh", "Scheduling", "Transfer",
     "HIGH", "LOW", "SKIP", "cheaper", "precision_levels", "reroute",
