@@ -163,6 +163,7 @@ def compare(
     chunk: ChunkOption = 0,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
 ) -> None:
     """Replay one trace under several policies: paired differences, request by request."""
     from moesim.compare import compare as compare_policies
@@ -174,7 +175,7 @@ def compare(
         max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
     )  # fmt: skip
     result = compare_policies(read(trace), _split(policies), question)
-    _print(result, format_comparison(result), as_json)
+    _print(result, format_comparison(result), as_json, output)
 
 
 def _split(policies: str) -> list[str]:
@@ -223,10 +224,10 @@ def systems_show(name: str, as_json: JsonOption = False) -> None:
 app.add_typer(systems, name="systems")
 
 
-def _print(result: Any, text: str, as_json: bool) -> None:
+def _print(result: Any, text: str, as_json: bool, output: Path | None = None) -> None:
     from moesim.output import emit
 
-    emit(result, text, as_json)
+    emit(result, text, as_json, output)
 
 
 def _mount() -> None:
