@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from moesim.records import Records
 from moesim.systems import System, load_system, with_setting
 from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
-from moesim.workload import Workload, first, from_trace, read_workload, with_arrivals, with_slo
+from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
 
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
 SAMPLE_LOOKUPS = 120_000
@@ -87,6 +88,8 @@ class Scene:
         check_matches(trace, self.model)
         self.machine: Machine = load_machine(question.machine)
         self.workload = _workload(trace, question)
+        if question.workload:
+            self.trace, self.workload = unroll(trace, self.workload)
         timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
         self.concurrency = question.max_concurrency or (len(self.workload.requests) if timed else 1)
 
@@ -267,6 +270,7 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
             "requests": len(workload.requests),
             "arrivals": workload.arrivals,
             "routing": workload.routing,
+            "sha256": hashlib.sha256(q.workload.read_bytes()).hexdigest() if q.workload else None,
             "max_concurrency": scene.concurrency,
         },
         "arguments": arguments,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import WorkloadError
-from moesim.trace import Trace
+from moesim.trace import Requests, Trace
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -118,14 +118,51 @@ def read_workload(path: Path, trace: Trace, seed: int) -> Workload:
         task = row.get("task") or ""
         name = row.get("request_id") or f"{path.stem}-{line}"
         if name in known:
-            prefill, decode = by_row[name].prefill[:prompt], by_row[name].decode[:output]
+            prefill, decode = _recorded(path, line, by_row[name], prompt, output)
         else:
             drawn += 1
             prefill, decode = _draw(path, line, own, task, prompt, output, rng)
         requests.append(Request(name, task, int(arrival * 1e9), prompt, prefill, decode))
     requests.sort(key=lambda r: r.arrival_ns)
+    names = [r.request_id for r in requests]
+    if len(set(names)) < len(names):
+        again = next(name for i, name in enumerate(names) if name in names[:i])
+        raise WorkloadError(f"{path}: request_id '{again}' appears twice; ids must be unique")
     routing = f"{drawn} of {len(requests)} requests drawn from the trace" if drawn else "as recorded"
     return Workload(tuple(requests), f"from {path.name}", routing)
+
+
+def unroll(trace: Trace, workload: Workload) -> tuple[Trace, Workload]:
+    """The trace that `workload` really serves: a row of its own for every token, also where rows are drawn twice.
+
+    Predictors and lookahead go by rows, so a row must stand for one token of one request.
+    """
+    rows = [np.concatenate([r.prefill, r.decode]) for r in workload.requests]
+    ends = np.cumsum([len(r) for r in rows])
+    moved = []
+    for request, end, own in zip(workload.requests, ends.tolist(), rows, strict=True):
+        split = end - len(own) + len(request.prefill)
+        moved.append(replace(request, prefill=np.arange(end - len(own), split), decode=np.arange(split, end)))
+    flat = np.concatenate(rows)
+    position = [np.r_[np.arange(len(r.prefill)), r.prompt_tokens + np.arange(len(r.decode))] for r in workload.requests]
+    requests = Requests(
+        tuple(r.request_id for r in workload.requests),
+        tuple(r.task for r in workload.requests),
+        np.array([r.prompt_tokens for r in workload.requests], dtype=np.int32),
+        np.array([r.arrival_ns for r in workload.requests], dtype=np.int64),
+    )
+    request = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+    served = replace(
+        trace,
+        requests=requests,
+        request=request,
+        position=np.concatenate(position).astype(np.int32),
+        phase=trace.phase[flat],
+        experts=trace.experts[flat],
+        weights=None if trace.weights is None else trace.weights[flat],
+        probabilities=None if trace.probabilities is None else trace.probabilities[flat],
+    )
+    return served, replace(workload, requests=tuple(moved))
 
 
 def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
@@ -159,6 +196,20 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, least: floa
     if not least <= value < 1e12:
         raise WorkloadError(f"{path}, line {line}: {column} '{text}' must be a number of at least {least:g}")
     return value
+
+
+def _recorded(
+    path: Path, line: int, own: Request, prompt: int, output: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of a request the trace knows, cut to the lengths asked for."""
+    prompt_rows = prompt if len(own.prefill) else 0
+    decode_rows = output - (1 if len(own.prefill) else 0)
+    if prompt_rows > len(own.prefill) or decode_rows > len(own.decode):
+        raise WorkloadError(
+            f"{path}, line {line}: {prompt} prompt and {output} output tokens, but the trace has {own.prompt_tokens} "
+            f"and {own.output_tokens} of request '{own.request_id}'; shorten it or leave its request_id out"
+        )
+    return own.prefill[:prompt_rows], own.decode[:decode_rows]
 
 
 def _draw(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moesim.errors import WorkloadError
-from moesim.workload import first, from_trace, read_workload, with_arrivals, with_slo
+from moesim.trace.check import check
+from moesim.workload import first, from_trace, read_workload, unroll, with_arrivals, with_slo
 from tests.scenes import random_trace
 
 
@@ -42,7 +43,7 @@ def test_a_known_request_keeps_its_routing_and_an_unknown_one_is_drawn(trace, tm
     file.write_text("arrival_s,prompt_tokens,output_tokens,request_id\n0.5,4,3,r2\n0.1,6,20,other\n")
     workload = read_workload(file, trace, seed=0)
     drawn, known = workload.requests
-    assert known.prefill.tolist() == list(range(20, 24)) and len(known.decode) == 3
+    assert known.prefill.tolist() == list(range(20, 24)) and known.output_tokens == 3
     assert len(drawn.prefill) == 6 and drawn.output_tokens == 20 and drawn.arrival_ns == 10**8
     assert workload.routing == "1 of 2 requests drawn from the trace"
 
@@ -64,6 +65,8 @@ def test_first_and_slo(trace):
         ("arrival_s,prompt_tokens,output_tokens\n0,0,4\n", "line 2: prompt_tokens '0'"),
         ("arrival_s,prompt_tokens,output_tokens\n0,4\n", "line 2: output_tokens ''"),
         ("arrival_s,prompt_tokens,output_tokens,task\n0,4,4,poetry\n", "task 'poetry' is not in the trace"),
+        ("arrival_s,prompt_tokens,output_tokens,request_id\n0,5,4,r1\n", "the trace has 4 and 7 of request 'r1'"),
+        ("arrival_s,prompt_tokens,output_tokens,request_id\n0,4,4,x\n0,4,4,x\n", "'x' appears twice"),
     ],
 )
 def test_a_bad_file_is_refused_by_line(trace, tmp_path, text, says):
@@ -89,3 +92,16 @@ def test_values_that_cannot_be_are_refused(trace, tmp_path):
     binary.write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(WorkloadError, match="not a CSV"):
         read_workload(binary, trace, 0)
+
+
+def test_unrolling_gives_every_token_served_a_row_of_its_own(trace, tmp_path):
+    file = tmp_path / "w.csv"
+    file.write_text("arrival_s,prompt_tokens,output_tokens\n" + "0,6,9\n" * 20)
+    workload = read_workload(file, trace, seed=0)
+    served, moved = unroll(trace, workload)
+    check(served, "unrolled")
+    rows = np.concatenate([np.r_[r.prefill, r.decode] for r in moved.requests])
+    assert rows.tolist() == list(range(served.tokens)) and served.tokens == 20 * (6 + 8)
+    for before, after in zip(workload.requests, moved.requests, strict=True):
+        np.testing.assert_array_equal(trace.experts[before.decode], served.experts[after.decode])
+    assert from_trace(served).requests[3].output_tokens == 9
