@@ -151,11 +151,11 @@ def unroll(trace: Trace, workload: Workload) -> tuple[Trace, Workload]:
         np.array([r.prompt_tokens for r in workload.requests], dtype=np.int32),
         np.array([r.arrival_ns for r in workload.requests], dtype=np.int64),
     )
-    request = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+    index = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
     served = replace(
         trace,
         requests=requests,
-        request=request,
+        request=index,
         position=np.concatenate(position).astype(np.int32),
         phase=trace.phase[flat],
         experts=trace.experts[flat],
