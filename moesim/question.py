@@ -283,6 +283,8 @@ def _notes(scene: Scene, system: System) -> list[str]:
     notes = list(system.notes)
     if scene.trace.info.provenance != "real":
         notes.append("synthetic routing: the trace was drawn, not recorded")
+    if scene.workload.routing != "as recorded":
+        notes.append(f"routing of {scene.workload.routing} with seed {scene.question.seed}")
     if not (scene.trace.phase == PREFILL).any():
         notes.append("decode-only trace: prompts are not simulated, so TTFT is the first decode step")
     if system.predictor.provenance == "assumed":
