@@ -28,11 +28,11 @@ def popularity_heatmap(popularity: Floats, moe_layers: Sequence[int]) -> Figure:
     times = popularity * popularity.shape[1]
     figure = _figure("How popular each expert is", "expert", "MoE layer")
     figure.add_heatmap(
-        z=times, y=[str(n) for n in moe_layers], colorscale="Viridis", zmin=0,
+        z=times, y=[str(n) for n in moe_layers], colorscale="Viridis", zmin=0, zmax=times.max(),
         colorbar={"title": {"text": "times the<br>fair share"}},
         hovertemplate="layer %{y}, expert %{x}: %{z:.2f} times the fair share<extra></extra>",
     )  # fmt: skip
-    figure.update_yaxes(type="category", autorange="reversed", nticks=24)
+    figure.update_yaxes(type="category", autorange="reversed", nticks=12)
     return figure
 
 
@@ -54,7 +54,13 @@ def reuse_curve(within: Mapping[int, Floats], chance: Mapping[int, Floats]) -> F
     """Choices whose expert the request used in the previous w tokens, by w; each value [layers]."""
     figure = _figure("How soon a request uses an expert again", "tokens looked back", "choices found (%)")
     windows = np.array(list(within))
-    _add_range(figure, windows, 100 * np.stack(list(within.values()), axis=1), "measured, mean over layers", "layers")
+    _add_range(
+        figure,
+        windows,
+        100 * np.stack(list(within.values()), axis=1),
+        "measured, mean over layers",
+        "layers, lowest to highest",
+    )
     independent = 100 * np.array([share.mean() for share in chance.values()])
     figure.add_scatter(
         x=windows, y=independent, name="independent tokens", mode="lines+markers",
@@ -84,10 +90,10 @@ def unique_experts(batches: NDArray[np.int64], measured: Floats, independent: Fl
     )  # fmt: skip
     figure.add_hline(y=experts, line={"color": ORANGE, "dash": "dash", "width": 1})
     figure.add_annotation(
-        x=0, xref="paper", y=experts, text=f"all {experts}", showarrow=False, yanchor="top", xanchor="left"
+        x=0, xref="paper", y=experts, text=f"all {experts}", showarrow=False, yanchor="bottom", xanchor="left"
     )
     _doubling(figure, batches)
-    figure.update_yaxes(range=[0, 1.05 * experts])
+    figure.update_yaxes(range=[0, 1.12 * experts])
     return figure
 
 
@@ -111,7 +117,7 @@ def task_distances(names: Sequence[str], distance: Floats, noise: Floats) -> Fig
     np.fill_diagonal(values, noise)
     figure = _figure("How much tasks differ", "", "")
     figure.add_heatmap(
-        z=values, x=labels, y=labels, colorscale="Viridis", zmin=0,
+        z=values, x=labels, y=labels, colorscale="Blues", zmin=0, zmax=np.nanmax(values),
         texttemplate="%{z:.2f}" if len(labels) <= 12 else None,
         colorbar={"title": {"text": "total<br>variation"}},
         hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
@@ -121,26 +127,29 @@ def task_distances(names: Sequence[str], distance: Floats, noise: Floats) -> Fig
     return figure
 
 
-def write_page(path: Path, title: str, summary: str, figures: Iterable[Figure]) -> None:
-    """One self-contained HTML page: the summary as preformatted text, then the figures, plotly.js embedded once."""
+def write_page(path: Path, title: str, lead: str, figures: Iterable[Figure], details: str = "") -> None:
+    """One self-contained HTML page: the lead, the figures with plotly.js embedded once, the details as plain text."""
     from plotly.io import to_html
     from plotly.offline import get_plotlyjs
 
-    drawn = [to_html(f, include_plotlyjs=False, full_html=False, config={"displaylogo": False}) for f in figures]
+    config = {"displaylogo": False, "responsive": True}
+    drawn = (to_html(f, include_plotlyjs=False, full_html=False, config=config) for f in figures)
     body = "\n".join(f"<section>{one}</section>" for one in drawn)
     write_text(
         path,
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
         f"<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        f"<main>\n{body}\n</main>\n<pre>{html.escape(summary)}</pre>\n</body>\n</html>\n",
+        f"<p>{html.escape(lead)}</p>\n<main>\n{body}\n</main>\n<pre>{html.escape(details)}</pre>\n</body>\n</html>\n",
     )
 
 
 _STYLE = """
 body { font-family: system-ui, sans-serif; margin: 1.5rem; color: #222; background: #fff; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 1rem; }
-section { border: 1px solid #ddd; border-radius: 4px; min-width: 0; }
+p { max-width: 60rem; line-height: 1.45; }
+main { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; }
+@media (min-width: 64rem) { main { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+section { border: 1px solid #ddd; border-radius: 4px; }
 pre { overflow-x: auto; font-size: 0.85rem; line-height: 1.35; }
 """
 
@@ -163,6 +172,8 @@ def _figure(title: str, x: str, y: str) -> Figure:
 
 def _add_range(figure: Figure, x: NDArray[Any], values: Floats, mean: str, band: str) -> None:
     """The mean over layers of values [layers, x] as a line, from the lowest to the highest layer as a band."""
+    known = ~np.isnan(values).any(axis=0)
+    x, values = x[known], values[:, known]
     low, high = values.min(0), values.max(0)
     figure.add_scatter(
         x=np.r_[x, x[::-1]], y=np.r_[low, high[::-1]], name=band, mode="lines", fill="toself", fillcolor=_LIGHT_BLUE,

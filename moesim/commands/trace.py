@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moesim.commands.trace_stats import register
 from moesim.errors import TraceError
 from moesim.output import emit
 from moesim.units import format_size
@@ -181,3 +182,6 @@ def _write(trace: Trace, output: Path, as_json: bool) -> None:
 def _size(trace: Trace) -> str:
     many = len(trace.requests)
     return f"{trace.tokens} tokens of {many} request{'s' if many > 1 else ''}"
+
+
+register(app)

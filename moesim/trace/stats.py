@@ -221,15 +221,15 @@ def pair_counts(given: Ids, target: Ids, experts: int) -> Floats:
     return pairs.reshape(experts, experts)
 
 
-def lift(pairs: Floats) -> Floats:
+def lift(pairs: Floats, rare: float = 0.5) -> Floats:
     """log P(j | i) / P(j) from pair counts [.., i, j], with a further row, found by -1, of 0: no expert, no news.
 
-    Rare pairs are shrunk towards independence by half a pair per cell.
+    `rare` pairs are added to every cell, seen and expected: fewer than that say little.
     """
     total = np.maximum(pairs.sum((-2, -1), keepdims=True), 1)
     expected = pairs.sum(-1, keepdims=True) * pairs.sum(-2, keepdims=True) / total
     out = np.zeros((*pairs.shape[:-2], pairs.shape[-2] + 1, pairs.shape[-1]))
-    out[..., :-1, :] = np.log((pairs + 0.5) / (expected + 0.5))
+    out[..., :-1, :] = np.log((pairs + rare) / (expected + rare))
     return out
 
 
