@@ -66,6 +66,8 @@ class Model:
     extra_params: int = 0  # always-on weights the shapes above do not cover: Mamba, linear or cross attention, gates
     state_bytes: int = 0  # recurrent state of one sequence, whatever its length
     kv_extra: int = 0  # further values cached per token and attention layer (sparse-attention index keys)
+    expert_sizes: tuple[tuple[int, ...], ...] | None = None  # bytes of each expert, per MoE layer, where they differ
+    pruned: bool = False  # a transform removed experts; one may be left
 
     def __post_init__(self) -> None:
         validate(self)
@@ -133,14 +135,28 @@ class Model:
 
     # Bytes
 
-    def expert_bytes(self, layer_index: int = 0, bits: float | None = None) -> int:
-        """One routed expert of the `layer_index`-th MoE layer, at `bits` per weight or as the model is stored."""
+    def expert_bytes(self, layer_index: int = 0, bits: float | None = None, expert: int | None = None) -> int:
+        """One routed expert of the `layer_index`-th MoE layer, at `bits` per weight or as the model is stored.
+
+        Without `expert` the largest of the layer: what a slot must hold.
+        """
+        if bits is None and self.expert_sizes is not None:
+            sizes = self.expert_sizes[layer_index]
+            return max(sizes) if expert is None else sizes[expert]
         if bits is None and self.tensor_bytes is not None:
             return self.tensor_bytes.experts[layer_index]
         return stored_bytes(self.expert_params, self.expert_bits if bits is None else bits)
 
+    def mean_expert_bytes(self, layer_index: int) -> float:
+        """The average expert of a layer."""
+        if self.expert_sizes is not None:
+            return sum(self.expert_sizes[layer_index]) / self.experts
+        return self.expert_bytes(layer_index)
+
     @property
     def total_expert_bytes(self) -> int:
+        if self.expert_sizes is not None:
+            return sum(map(sum, self.expert_sizes))
         return self.experts * sum(self.expert_bytes(i) for i in range(len(self.moe_layers)))
 
     @property
@@ -216,6 +232,7 @@ class Model:
             weight_bits=self.weight_bits if weight_bits is None else weight_bits,
             kv_bits=self.kv_bits if kv_bits is None else kv_bits,
             tensor_bytes=None,
+            expert_sizes=None if expert_bits is not None else self.expert_sizes,
         )
         if self.tensor_bytes is None:
             return changed
@@ -233,7 +250,7 @@ def stored_bytes(params: int, bits: float) -> int:
 def validate(model: Model) -> None:
     """Raise ModelError at the first figure that cannot be."""
     _check_int(model, "layers", 1, MAX_LAYERS)
-    _check_int(model, "experts", 2, MAX_EXPERTS)
+    _check_int(model, "experts", 1 if model.pruned else 2, MAX_EXPERTS)
     _check_int(model, "top_k", 1, model.experts)
     for field in ("hidden", "expert_ffn", "heads", "kv_heads", "head_dim", "vocab"):
         _check_int(model, field, 1, MAX_WIDTH)
@@ -264,6 +281,11 @@ def _check_precision(model: Model) -> None:
         for part, size in vars(model.mla).items():
             if not isinstance(size, int) or not (0 if part in ("q_lora", "qk_rope") else 1) <= size <= MAX_WIDTH:
                 raise ModelError(f"model '{model.name}': mla.{part} is {size}, but must be a positive width")
+    sizes = model.expert_sizes
+    if sizes is not None and (
+        [len(row) for row in sizes] != [model.experts] * len(model.moe_layers) or min(map(min, sizes)) < 1
+    ):
+        raise ModelError(f"model '{model.name}': expert_sizes needs a positive size for each expert of its MoE layers")
     real = model.tensor_bytes
     if real is not None and (len(real.experts) != len(model.moe_layers) or min(real.experts) < 1 or real.other < 0):
         raise ModelError(f"model '{model.name}': tensor_bytes needs a positive size for each of its MoE layers")

@@ -231,13 +231,18 @@ def _print(result: Any, text: str, as_json: bool, output: Path | None = None) ->
 
 
 def _mount() -> None:
-    """Sub-commands live beside what they are about."""
+    """Sub-commands live in moesim.commands; `calibrate` beside what it measures, for machines that have no more."""
+    from moesim.calibrate.commands import calibrate
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
+    from moesim.commands.profile import app as profile_app
     from moesim.commands.trace import app as trace_app
 
+    app.command()(calibrate)
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")
+    app.add_typer(profile_app, name="profile", help="Profiles: measured or imported costs of a machine.")
+    app.add_typer(profile_app, name="profile", help="Profiles: measured and imported costs of machines.")
     app.add_typer(machine_app, name="machine", help="Machines of the catalogue, and what each rate is taken from.")
 
 

@@ -34,6 +34,10 @@ class MemoryBudgetError(MoesimError):
     """The memory asked for cannot hold what it must."""
 
 
+class CalibrationError(MoesimError):
+    """A measurement, a profile or a table to import is incomplete or cannot be."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of what is known: the remedy part of an unknown-name error."""
     names = sorted(known, key=str.lower)

@@ -6,7 +6,7 @@ Memory is in bytes, rates in decimal GB/s (bytes per ns), tensor rates in dense 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Prices:
 class Machine:
     """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
 
-    assumed: what no source states; efficiencies: terms measured on this machine, which then have no band.
+    assumed: what no source states; efficiencies: terms measured on this machine, which then have no band; profile: name
+    or directory of the profile its costs come from, "" for the specification sheet.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Machine:
     prices: Prices = Prices()
     assumed: str = ""
     source: str = ""
+    profile: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values."""
@@ -116,7 +118,7 @@ class Machine:
 
 
 def load_machine(spec: str | Path) -> Machine:
-    """A machine of the catalogue by name or alias, or a YAML or JSON file that changes one.
+    """A machine of the catalogue by name or alias, a YAML or JSON file that changes one, or a profile's machine.
 
     Raises MachineError for an unknown name, an unreadable file, or a value that cannot be.
     """
@@ -125,6 +127,10 @@ def load_machine(spec: str | Path) -> Machine:
         from moesim.machine_file import read_machine
 
         return read_machine(Path(text))
+    if (Path(text) / "meta.yaml").is_file():
+        from moesim.profile import machine_of
+
+        return machine_of(Path(text))
     known = catalogue()
     names = {_key(name): name for name in known}
     for row in read_table("machines"):
@@ -132,7 +138,16 @@ def load_machine(spec: str | Path) -> Machine:
     if _key(text) not in names:
         hint = nearest(text, [*known, *(a for row in read_table("machines") for a in row["aliases"].split())])
         raise MachineError(f"machine '{text}': not in the catalogue{hint} (or write a YAML file)")
-    return known[names[_key(text)]]
+    machine = known[names[_key(text)]]
+    return replace(machine, profile=_shipped_profiles().get(machine.name, ""))
+
+
+@cache
+def _shipped_profiles() -> dict[str, str]:
+    """Profiles that come with moesim, by the machine they were measured on."""
+    from moesim.profile import read_profile_meta, shipped
+
+    return {str(read_profile_meta(name)["machine"]): name for name in shipped()}
 
 
 def _key(name: str) -> str:

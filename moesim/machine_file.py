@@ -28,7 +28,7 @@ def read_machine(path: Path) -> Machine:
     if Path(base).suffix:
         raise MachineError(f"{path}: from: '{base}' must be a name of the catalogue, not a file")
     try:
-        machine = replace(load_machine(base), name=path.stem)
+        machine = replace(load_machine(base), name=path.stem, profile="")
         for key, value in settings.items():
             machine = _set(machine, key, value)
         return replace(_consistent(machine, settings), source=f"{path.name}, from {base}")
@@ -185,4 +185,5 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "nvme.gbps": _positive,
     "nvme.overhead_us": _time,
     "prices.usd_per_hour": _positive,
+    "profile": _name,
 }

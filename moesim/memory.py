@@ -182,8 +182,8 @@ def _expert_cache(
     slots: int | None,
 ) -> tuple[int, int]:
     """Bytes of the expert cache and its whole slots per layer, of the `left` ones."""
-    total = model.total_expert_bytes
-    one_each = total // model.experts
+    one_each = sum(model.expert_bytes(i) for i in range(len(model.moe_layers)))  # a slot holds a layer's largest
+    total = one_each * model.experts
     asked = memory if memory is not None else slots * one_each if slots is not None else None
     if asked is None:
         asked = min(max(left, 0), total)

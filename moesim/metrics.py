@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moesim.engine.residency import Counts
 from moesim.records import Records
+from moesim.transforms.transform import KINDS, Shares, chain, overall
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -80,14 +81,21 @@ def cache_metrics(counts: Counts, h2d_bytes: int, d2h_bytes: int, nvme_bytes: in
     }
 
 
-def routing_fidelity(counts: Counts) -> dict[str, float]:
-    """Shares of routed weight: served as routed, at lower precision, by another expert, or not. Not quality."""
-    total = counts.routed
-    if not total:
-        return {"exact": 1.0, "lower_precision": 0.0, "rerouted": 0.0, "skipped": 0.0}
-    lowered, rerouted, skipped = counts.lowered / total, counts.rerouted / total, counts.skipped / total
-    exact = 1 - lowered - rerouted - skipped
-    return {"exact": exact, "lower_precision": lowered, "rerouted": rerouted, "skipped": skipped}
+def routing_fidelity(counts: Counts, altered: Shares | None = None) -> dict[str, Any]:
+    """Shares of routed weight: served as routed, at lower precision, by another expert, or not. Not quality.
+
+    altered: what was done to model and trace before serving; then also the share that passes through merged experts,
+    and `before_serving`: the altered shares of every MoE layer over the whole trace.
+    """
+    total = counts.routed or 1.0
+    out = {"lower_precision": counts.lowered / total, "rerouted": counts.rerouted / total}
+    out |= {"skipped": counts.skipped / total}
+    if altered is None:
+        return {"exact": 1 - sum(out.values())} | out
+    served = {kind: np.array([out.get(kind, 0.0)]) for kind in KINDS}
+    out = overall(chain({kind: np.array([share]) for kind, share in overall(altered).items()}, served))
+    by_layer = {kind: shares.tolist() for kind, shares in altered.items()}
+    return {"exact": 1 - sum(out.values())} | out | {"before_serving": by_layer}
 
 
 CAUSES = {

@@ -58,6 +58,11 @@ def _expert_lines(s: dict[str, Any]) -> list[str]:
         lines.append(
             f"routing       {fidelity['exact']:.1%} of the routed weight as chosen, "
             f"{fidelity['rerouted']:.1%} rerouted, {fidelity['skipped']:.1%} skipped"
+            + "".join(
+                f", {fidelity[kind]:.1%} {kind.replace('_', ' ')}"
+                for kind in ("lower_precision", "merged")
+                if fidelity.get(kind)
+            )
         )
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from moesim import __version__, metrics
+from moesim.costs.fitted import Fitted, costs_of
 from moesim.costs.roofline import Roofline
 from moesim.costs.table import CostTable
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, simulate
-from moesim.errors import MemoryBudgetError, WorkloadError
+from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
 from moesim.memory import Ledger, plan_memory
@@ -23,6 +25,7 @@ from moesim.records import Records
 from moesim.systems import System, load_system, with_setting
 from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
+from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
 from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
 
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
@@ -87,16 +90,47 @@ class Scene:
         self.model: Model = load_model(question.model or trace.info.model)
         check_matches(trace, self.model)
         self.machine: Machine = load_machine(question.machine)
+        self._costs: dict[str, Roofline] = {}
         self.workload = _workload(trace, question)
         if question.workload:
             self.trace, self.workload = unroll(trace, self.workload)
         timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
         self.concurrency = question.max_concurrency or (len(self.workload.requests) if timed else 1)
+        self.given = self.model, self.trace  # as they come, before any transform
+        self.transformed: Transformed | None = None
+
+    def under(self, system: System) -> Scene:
+        """The scene after the system's transforms: what it serves, and all that it knows."""
+        if not system.transforms:
+            return self
+        done = apply_all(system.transforms, *self.given, self.question.seed)
+        together = min(self.concurrency, self.question.max_num_seqs, len(self.workload.requests))
+        if done.sequences is not None and together > done.sequences:
+            raise PolicyError(
+                f"{system.name} keeps merged experts for {done.sequences} sequences, but {together} are served at a "
+                "time; give it more sequences, or lower --max-concurrency"
+            )
+        scene = copy.copy(self)
+        scene.model, scene.trace, scene.transformed = done.model, done.trace, done
+        return scene
+
+    def untransformed(self) -> Scene:
+        """The same workload on model and trace as they come: what anchors are measured on."""
+        scene = copy.copy(self)
+        (scene.model, scene.trace), scene.transformed = self.given, None
+        return scene
+
+    def altered(self, system: System) -> Shares | None:
+        """Shares of routed weight that the system alters before serving, by layer; None where it alters none."""
+        shares = self.transformed.altered if self.transformed else None
+        if system.expert_bits is None or system.expert_bits >= self.model.expert_bits:
+            return shares
+        none = nothing(self.trace.layers)
+        return chain(shares or none, none | {"lower_precision": none["skipped"] + 1})
 
     def ledger(self, system: System) -> Ledger:
         """Where every byte of GPU, host and drive goes under `system`."""
         q, requests = self.question, self.workload.requests
-        scratch = 0 if system.cache and system.misses.keep else max(2, self.trace.top_k)
         return plan_memory(
             self._served(system),
             self.machine,
@@ -107,17 +141,24 @@ class Scene:
             max_batch_tokens=q.chunk or min(q.max_batch_tokens, max(len(r.prefill) for r in requests) or 1),
             all_resident=system.all_resident,
             cache=system.cache,
-            scratch_experts=scratch,
+            scratch_experts=system.scratch_slots(self.trace.top_k, self.trace.info.experts),
         )
 
     def _served(self, system: System) -> Model:
         bits = system.expert_bits
         return self.model if bits is None else self.model.with_precision(expert_bits=bits)
 
+    def costs(self, scale: str = "default") -> Roofline:
+        """What the machine's primitives cost; a profile is read once."""
+        if scale not in self._costs:
+            self._costs[scale] = costs_of(self.machine, scale)
+        return self._costs[scale]
+
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
-        costs = Roofline(self.machine, scale)
-        table = CostTable(self._served(system), self.machine, costs, offloaded=not system.all_resident)
+        costs = self.costs(scale)
+        offloaded = not system.all_resident
+        table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         own = q.expert_memory is not None or q.slots_per_layer is not None
         shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
@@ -161,7 +202,7 @@ def run(
     system = load_system(policy) if isinstance(policy, str) else policy
     for setting in settings:
         system = with_setting(system, setting)
-    scene = Scene(trace, question)
+    scene = Scene(trace, question).under(system)
     ledger = scene.ledger(system)
     per_layer = system.cache and system.misses.keep and system.eviction.scope == "layer"
     if ledger.verdict == "OOM" or (ledger.verdict == "CACHE_DISABLED" and per_layer):
@@ -196,12 +237,15 @@ def _simulate(
 def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anchors: bool) -> dict[str, Any]:
     numbers = _numbers(outcome)
     status, reason = _status(scene, system, ledger, outcome, numbers)
+    extrapolated, _ = _beyond(scene)
+    if extrapolated:
+        reason = "; ".join(filter(None, [reason, f"EXTRAPOLATED beyond what was measured: {', '.join(extrapolated)}"]))
     summary: dict[str, Any] = {
         "status": status,
         "status_reason": reason,
         "inputs": _inputs(scene, system),
         "metrics": numbers,
-        "routing_fidelity": metrics.routing_fidelity(outcome.counts),
+        "routing_fidelity": metrics.routing_fidelity(outcome.counts, scene.altered(system)),
         "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
@@ -209,6 +253,14 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anc
         summary |= _anchors(scene, system, ledger, numbers)
     summary["notes"] = _notes(scene, system)
     return summary
+
+
+def _beyond(scene: Scene) -> tuple[list[str], list[str]]:
+    """Curves that were asked beyond what was measured, and what the specification sheet had to answer."""
+    costs = scene.costs()
+    if not isinstance(costs, Fitted):
+        return [], []
+    return sorted(costs.extrapolated), sorted(costs.assumed)
 
 
 def _numbers(outcome: Outcome) -> dict[str, Any]:
@@ -262,9 +314,9 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
             "requests": len(trace.requests),
             "tokens": trace.tokens,
         },
-        "model": asdict(scene.model),
+        "model": asdict(scene.given[0]),
         "machine": scene.machine.to_dict(),
-        "costs": "specification-sheet",
+        "costs": scene.costs().label,
         "system": system.parts(),
         "workload": {
             "requests": len(workload.requests),
@@ -280,7 +332,12 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
 
 def _notes(scene: Scene, system: System) -> list[str]:
     """What a reader must know before believing a number."""
-    notes = list(system.notes)
+    notes = [*system.notes, *(scene.transformed.notes if scene.transformed else ())]
+    if tell := getattr(system.predictor, "notes", None):
+        notes += tell(scene.trace)
+    _, assumed = _beyond(scene)
+    if assumed:
+        notes.append(f"not in the {scene.costs().label}, so from the specification sheet: {', '.join(assumed)}")
     if scene.trace.info.provenance != "real":
         notes.append("synthetic routing: the trace was drawn, not recorded")
     if scene.workload.routing != "as recorded":
@@ -289,9 +346,11 @@ def _notes(scene: Scene, system: System) -> list[str]:
         notes.append("decode-only trace: prompts are not simulated, so TTFT is the first decode step")
     if system.predictor.provenance == "assumed":
         notes.append("the predictor's accuracy is stated, not learned from the trace")
+    if system.misses.rule == "precision" and scene.trace.weights is None:
+        notes.append("precision goes by rank alone: the trace has no gate weights, so all ranks weigh the same")
     if system.misses.rule == "reroute" and scene.trace.probabilities is None:
         notes.append("reroute order is by popularity: the trace has no gate probabilities")
-    if system.misses.changes_outputs:
+    if system.misses.changes_outputs or scene.altered(system):
         notes.append("outputs change: quality is not modelled, see routing_fidelity")
     if system.refresh and not any(scene.trace.requests.task):
         notes.append("the trace has no task labels: all requests count as one task")
@@ -309,7 +368,7 @@ def _anchors(scene: Scene, system: System, ledger: Ledger, numbers: dict[str, An
     found: dict[str, Any] = {}
     with progress("anchors and error bar", len(ANCHORS) + 3) as advance:
         for name, anchor in ANCHORS.items():
-            found[name] = _anchor(sample, anchor)
+            found[name] = _anchor(sample.untransformed(), anchor)
             advance()
         band = {}
         for scale in ("low", "high"):
@@ -326,7 +385,7 @@ def _anchors(scene: Scene, system: System, ledger: Ledger, numbers: dict[str, An
             "basis": "all experts resident, nominal bandwidth and peak rates, no overheads",
         },
         "uncertainty": {
-            "basis": "every specification-sheet cost at the slow and at the fast end of its band, on the sample",
+            "basis": f"every {scene.costs().label} cost at the slow and at the fast end of its band, on the sample",
             **{
                 name: sorted(numbers[name] * band[scale][name] / base[name] for scale in band)
                 for name in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
@@ -338,7 +397,7 @@ def _anchors(scene: Scene, system: System, ledger: Ledger, numbers: dict[str, An
 
 def _sample(scene: Scene) -> Scene:
     """The same scene with only as many leading requests as the sample allows (at least one)."""
-    per_token = scene.trace.layers * scene.trace.top_k
+    per_token = scene.trace.layers * scene.given[1].top_k
     room, count = SAMPLE_LOOKUPS, 0
     for request in scene.workload.requests:
         room -= (len(request.prefill) + len(request.decode)) * per_token

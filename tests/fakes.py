@@ -59,7 +59,7 @@ class FakeTable:
     def host_expert_ns(self, tokens: int) -> int:
         return self.host_expert
 
-    def expert_bytes(self, layer: int = 0, bits: float | None = None) -> int:
+    def expert_bytes(self, layer: int = 0, bits: float | None = None, expert: int | None = None) -> int:
         return self.size if bits is None else int(self.size * bits / 16)
 
     def copy_ns(self, nbytes: int) -> int:

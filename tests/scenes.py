@@ -15,7 +15,13 @@ from moesim.workload import Workload, from_trace
 from tests.fakes import FakeTable, make_trace
 
 CACHED = ("LRU", "LFU", "FIFO", "random", "Belady")
-EVERY = (*CACHED, "static", "on-demand", "all-resident", "oracle", "Mixtral-Offloading", "Fiddler", "eMoE(period=2)")
+EVERY = (
+    *CACHED, "static", "on-demand", "all-resident", "oracle", "Mixtral-Offloading", "Fiddler", "eMoE(period=2)",
+    "Belady-window(window=2)", "DeepSpeed", "Pre-gated", "MoE-Infinity", "MoE-Infinity(eviction='code')",
+    "ProMoE(accuracy=0.7)", "KTransformers", "KTransformers(gpu_experts=1, defer=1)", "ExpertFlow(accuracy=0.7)",
+    "EPLB", "fMoE(distance=1)", "HOBBIT", "HOBBIT(variant='cooperative')", "AdapMoE",
+    "SiDA", "SiDA(variant='code')",
+)  # fmt: skip
 
 
 def random_trace(
@@ -50,6 +56,8 @@ def setting(
 def serve(trace: Trace, system: str | System, slots: int, **how: Any) -> Outcome:
     """Run with detailed records."""
     chosen = load_system(system) if isinstance(system, str) else system
+    if chosen.misses.rule == "precision":
+        slots = max(slots, 2)  # one of each precision is the least it can work with
     return simulate(setting(trace, slots, **how), chosen, detail=True)
 
 

@@ -31,7 +31,7 @@ def ceiling_seconds(
     head = model.vocab * model.hidden
     unread = 0 if model.tied_embeddings else head  # the input table is a lookup
     nbytes = model.other_bytes - unread * weight_bits(model)[1] / 8
-    nbytes += sum(active * model.expert_bytes(i) for i, active in enumerate(active_by_layer))
+    nbytes += sum(active * model.mean_expert_bytes(i) for i, active in enumerate(active_by_layer))
     per_token = model.other_params - unread - head + len(model.moe_layers) * model.top_k * model.expert_params
     flops = 2.0 * (tokens * per_token + sequences * head)
     for count, window in _attention_layers(model):

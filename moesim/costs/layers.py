@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moesim.costs.roofline import Roofline
+from moesim.costs.roofline import Attended, Roofline
 from moesim.units import ns
 
 if TYPE_CHECKING:
@@ -78,12 +79,21 @@ class LayerCosts:
             cached = (
                 sum(min(c + 1, window) for c in decode_context) if window else sum(decode_context) + len(decode_context)
             )
-            total += self._costs.attention(cached * self._kv_bytes, cached * decode_flops(self._model))
+            shape = Attended(len(decode_context), 0, cached / len(decode_context), window)
+            total += self._costs.attention(cached * self._kv_bytes, cached * decode_flops(self._model), shape)
         if prefill:
             cached = sum(min(old + new, window + new) if window else old + new for new, old in prefill)
             flops = sum(pairs(new, old, window) for new, old in prefill) * prefill_flops(self._model)
-            total += self._costs.attention(cached * self._kv_bytes, flops)
+            total += self._costs.attention(cached * self._kv_bytes, flops, _alike(prefill, window))
         return total
+
+
+def _alike(prefill: Prefill, window: int) -> Attended:
+    """As many equal chunks with the same (query, key) pairs: the root mean square of the new tokens, and mean past."""
+    count = len(prefill)
+    tokens = math.sqrt(sum(new * new for new, _ in prefill) / count)
+    past = sum(new * old for new, old in prefill) / (count * tokens)
+    return Attended(count, tokens, past, window)
 
 
 def weight_bits(model: Model) -> tuple[float, float]:

@@ -7,14 +7,30 @@ when a bandwidth or an operation rate does.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, NamedTuple
 
+from moesim.costs.families import sparse_weight_bytes
+from moesim.costs.sparse import compute_gain, memory_gain
 from moesim.efficiencies import efficiencies
 from moesim.errors import MachineError
 from moesim.machine import Machine
 
+if TYPE_CHECKING:
+    from moesim.model import Model
+
 _SHARPNESS = (
     4  # of the corner between memory and compute: best of 1 to 8 on the H200 and H100 GEMM tables, 2 % worse on A100
 )
+
+
+class Attended(NamedTuple):
+    """Shape of one attention kernel: `sequences`, each with `tokens` new tokens after `past` cached ones, of which each
+    sees at most `window` if that is not 0; tokens 0 is decoding: one new token that sees `past`, itself included."""
+
+    sequences: int
+    tokens: float
+    past: float
+    window: int = 0
 
 
 class Roofline:
@@ -25,6 +41,7 @@ class Roofline:
     """
 
     label = "specification-sheet"
+    sparse_measured = False
 
     def __init__(self, machine: Machine, scale: str = "default", graph: bool = True) -> None:
         self.machine = machine
@@ -46,16 +63,38 @@ class Roofline:
         nvme_us = machine.nvme.overhead_us if machine.nvme else None
         self._read_s = (e.nvme_us if nvme_us is None else nvme_us) * 1e-6
 
+    def serving(self, model: Model) -> Roofline:
+        """The same costs for one model; a roofline needs no shapes beyond what it is asked."""
+        return self
+
     # The GPU
 
-    def gemm(self, rows: int, params: float, nbytes: float, bits: float = 16, kernels: int = 1) -> float:
-        """`rows` tokens times `params` weights of `nbytes` in all, in `kernels` kernels; 0 rows cost nothing."""
+    def gemm(
+        self, rows: int, params: float, nbytes: float, bits: float = 16, kernels: int = 1, depth: float = 0
+    ) -> float:
+        """`rows` tokens times `params` weights of `nbytes` in all, in `kernels` kernels; 0 rows cost nothing.
+
+        depth: inputs of each matrix, which only fitted costs need; 0: as many as the model is wide.
+        """
         if not rows or not params:
             return 0.0
         e = self.terms
         memory = nbytes / (self._hbm * e.hbm)
         compute = 2 * rows * params / (self._rate(bits) * e.mfu)
         return kernels * e.kernel_us * 1e-6 + _soft(memory, compute)
+
+    def sparse_gemm(self, rows: int, n: int, k: int) -> float:
+        """`rows` tokens times an n x k matrix of 16-bit weights kept 2:4 sparse, the positions' 2 bits each included.
+
+        Few rows: half the bytes at a rate that makes them as slow as published; many: the published gain in rate.
+        """
+        if not rows:
+            return 0.0
+        e = self.terms
+        dense_bytes, kept = 2.0 * n * k, sparse_weight_bytes(n, k, "fp16", "2:4")
+        rate = self._hbm * e.hbm * memory_gain() * kept / dense_bytes
+        compute = 2 * rows * n * k / (self._flops * e.mfu * compute_gain(self.machine.gpu.sm))
+        return e.kernel_us * 1e-6 + _soft(kept / rate, compute)
 
     def grouped(self, active: int, pairs: int, *, params: int, nbytes: float, pair_bytes: float, bits: float) -> float:
         """`pairs` (token, expert) pairs over `active` experts of `params` weights and `nbytes` each, in one kernel.
@@ -69,8 +108,8 @@ class Roofline:
         compute = 2 * pairs * params / (self._rate(bits) * e.mfu_grouped)
         return e.grouped_us * 1e-6 + _soft(memory, compute)
 
-    def attention(self, nbytes: float, flops: float) -> float:
-        """One attention kernel that reads `nbytes` of keys and values and needs `flops`."""
+    def attention(self, nbytes: float, flops: float, shape: Attended | None = None) -> float:
+        """One attention kernel that reads `nbytes` of keys and values and needs `flops`; fitted costs need `shape`."""
         e = self.terms
         memory = nbytes / (self._hbm * e.hbm_attention)
         return e.attention_us * 1e-6 + _soft(memory, flops / (self._flops * e.mfu_attention))

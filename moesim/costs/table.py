@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from moesim.costs.ceiling import ceiling_seconds
 from moesim.costs.layers import ACTIVATION_BYTES, LayerCosts
 from moesim.costs.roofline import Roofline
+from moesim.costs.samoyeds import grouped_seconds
 from moesim.machine import Machine
 from moesim.units import ns
 
@@ -15,14 +16,32 @@ if TYPE_CHECKING:
     from moesim.model import Model
 
 
+def _grouped(costs: Roofline, model: Model, active: int, pairs: int, nbytes: float, bits: float) -> float:
+    """One grouped kernel over all active experts."""
+    pair_bytes = ACTIVATION_BYTES * (2 * model.hidden + 3 * model.expert_ffn)
+    params = model.expert_params
+    return costs.grouped(active, pairs, params=params, nbytes=nbytes, pair_bytes=pair_bytes, bits=bits)
+
+
+# Seconds of (costs, model, active experts, (token, expert) pairs, bytes and bits per weight of one expert).
+KERNELS: dict[str, Callable[[Roofline, Model, int, int, float, float], float]] = {
+    "grouped": _grouped,
+    "samoyeds": grouped_seconds,
+}
+
+
 class CostTable:
     """Costs of `model` on one device of `machine` with the primitives `costs`; the same question has the same answer.
 
     offloaded: the host follows the routing, as every expert cache must, which costs each MoE layer a synchronisation;
-    False when all experts are resident. Per-expert costs are those of the model's average expert.
+    False when all experts are resident. Per-expert costs are those of the model's average expert. kernel: which one
+    computes experts on the device.
     """
 
-    def __init__(self, model: Model, machine: Machine, costs: Roofline, offloaded: bool = True) -> None:
+    def __init__(
+        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool = True, kernel: str = "grouped"
+    ) -> None:
+        costs = costs.serving(model)
         self.model, self.machine, self.costs = model, machine, costs
         self.label = costs.label
         self.unified = machine.unified
@@ -30,9 +49,9 @@ class CostTable:
         self.dram_gbps, self.duplex_gbps = costs.dram_gbps, costs.duplex_gbps
         self.copy_rate, self.read_rate, self.host_rate = costs.copy_gbps, costs.read_gbps, costs.host_gbps
         self.handoff_ns = ns(costs.handoff())
+        self._experts = KERNELS[kernel]
         self._layers = LayerCosts(model, costs, offloaded)
         self._expert_bytes = model.total_expert_bytes / (model.experts * len(model.moe_layers))
-        self._pair_bytes = ACTIVATION_BYTES * (2 * model.hidden + 3 * model.expert_ffn)
         self._grouped: dict[tuple[int, int, float | None], int] = {}
         self._host: dict[tuple[int, float | None], int] = {}
         self._copy: dict[tuple[int, int], int] = {}
@@ -68,14 +87,7 @@ class CostTable:
         cost = self._grouped.get(key)
         if cost is None:
             nbytes, precision = self._one_expert(bits)
-            seconds = self.costs.grouped(
-                active,
-                tokens,
-                params=self.model.expert_params,
-                nbytes=nbytes,
-                pair_bytes=self._pair_bytes,
-                bits=precision,
-            )
+            seconds = self._experts(self.costs, self.model, active, tokens, nbytes, precision)
             cost = self._grouped[key] = ns(seconds)
         return cost
 
@@ -104,8 +116,8 @@ class CostTable:
 
     # Transfers
 
-    def expert_bytes(self, layer_index: int = 0, bits: float | None = None) -> int:
-        return self.model.expert_bytes(layer_index, bits)
+    def expert_bytes(self, layer_index: int = 0, bits: float | None = None, expert: int | None = None) -> int:
+        return self.model.expert_bytes(layer_index, bits, expert)
 
     def copy_ns(self, nbytes: int, matrices: int = 1) -> int:
         """Host to device alone on an idle link; each of `matrices` transfers pays its fixed time."""

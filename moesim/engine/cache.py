@@ -9,6 +9,7 @@ from heapq import heapify, heappop, heappush
 from moesim.policies import Eviction
 
 _MASK = (1 << 64) - 1
+NO_GUARD = 1 << 62  # later than every guard
 
 
 class Entry:
@@ -89,12 +90,12 @@ class Pool:
             self._heap = [(self._score(e), e.last_use, key, e) for key, e in free]
             heapify(self._heap)
 
-    def victim(self) -> Entry | None:
-        """The evictable expert of the lowest score, or None; the caller removes it."""
-        return self._lowest() if self._changing else self._top()
+    def victim(self, guarded: bool = False) -> Entry | None:
+        """The evictable expert of the lowest score, or None; the caller removes it. guarded: predicted ones too."""
+        position = NO_GUARD if guarded else self._now.position
+        return self._lowest(position) if self._changing else self._top(position)
 
-    def _lowest(self) -> Entry | None:
-        position = self._now.position
+    def _lowest(self, position: int) -> Entry | None:
         free = [
             (self._score(e), e.last_use, key, e)
             for key, e in self.entries.items()
@@ -102,13 +103,13 @@ class Pool:
         ]
         return min(free)[3] if free else None
 
-    def _top(self) -> Entry | None:
+    def _top(self, position: int) -> Entry | None:
         heap, guarded = self._heap, []
         found = None
         while heap:
             _, last_use, key, entry = heap[0]
             if self.entries.get(key) is entry and entry.last_use == last_use and entry.landed and not entry.busy:
-                if entry.guard <= self._now.position:
+                if entry.guard <= position:
                     found = entry
                     break
                 guarded.append(heap[0])
@@ -118,17 +119,23 @@ class Pool:
         return found
 
 
+def _within(horizon: int, now: Now) -> Score:
+    """Next use as far as `horizon` positions reach; what is not needed by then is all alike."""
+    return lambda e: -e.next_use if e.next_use - now.position <= horizon else -NO_GUARD
+
+
 def scorer(
     eviction: Eviction, popularity: list[list[float]], totals: list[list[int]], now: Now, experts: int, seed: int
 ) -> Score:
     """The score of an entry under `eviction`, as a function; larger is kept longer."""
+    horizon = eviction.window * now.layers
     features: dict[str, Score] = {
         "lru": lambda e: e.last_use,
         "lfu": lambda e: e.uses,
         "count": lambda e: totals[e.layer][e.expert % experts],
         "fifo": lambda e: e.brought,
         "hot": lambda e: popularity[e.layer][e.expert % experts],
-        "belady": lambda e: -e.next_use,
+        "belady": (lambda e: -e.next_use) if not horizon else _within(horizon, now),
         "plan": lambda e: e.plan,
         "random": lambda e: _hash(seed, now.position, e.layer * experts + e.expert),
         "recency": lambda e: e.last_step / max(now.sequence_steps, 1),
@@ -137,7 +144,7 @@ def scorer(
         "near": lambda e: 1 - ((e.layer - now.position) % now.layers) / now.layers,
         "prob": lambda e: now.beliefs[e.layer][e.expert % experts] if e.layer in now.beliefs else 0.0,
     }
-    if len(eviction.score) == 1 and eviction.combine == "sum":
+    if len(eviction.score) == 1 and eviction.score[0][1] == 1:
         return features[eviction.score[0][0]]
     terms = [(features[name], weight) for name, weight in eviction.score]
     if eviction.combine == "product":

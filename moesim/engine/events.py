@@ -81,7 +81,9 @@ class Device:
         self._substituting = system.misses.substitutes
         self._levels = system.misses.rule == "precision"
         self._arrived: deque[Entry] = deque()  # landed, not computed yet
-        self._outstanding = self._hosting = 0  # copies and host experts the present layer still waits for
+        self._outstanding = self._hosting = 0  # copies and host experts under way that a layer waits for
+        self._deferred = 0  # host experts of the present layer that may outlast it: those that were asked for last
+        self._settled = 0  # waited before the step, which its first layer answers for
         self._wake: simpy.Event | None = None
         self._step = 0
         self.memory = Residency(
@@ -117,6 +119,8 @@ class Device:
             yield Timeout(env, step_ns)
             spent["step"] += step_ns
         yield from self._foresee(-1, rows, believed)
+        if self._system.prefetch.bulk:
+            yield from self._settle()
         for layer, mixer_ns in enumerate(self._table.layers_ns(batch.prefill, batch.contexts)):
             began = env.now
             if mixer_ns:
@@ -130,6 +134,14 @@ class Device:
             self._records.kernels.add((start, start + step_ns, -1, STEP))
         self._step += 1
         self.memory.now.sequence_steps += 1
+
+    def _settle(self) -> Generator[simpy.Event, Any, None]:
+        """Wait until nothing is on its way; what finds no slot is left for its layer."""
+        since = self._env.now
+        while (landing := self.memory.next_landing()) is not None:
+            yield landing
+        self._settled = self._env.now - since
+        self.counts.spent["nvme" if self._table.unified else "pcie"] += self._settled
 
     @staticmethod
     def _by_layer(values: NDArray[Any] | None, rows: NDArray[np.int64]) -> list[list[int]]:
@@ -163,19 +175,20 @@ class Device:
             resident = self._substitute(layer, rows, chosen)
             late, misses = [], []
         hosted = self._bring_in(layer, late, misses)
+        self._deferred = min(self._system.misses.defer, hosted) if layer + 1 < self._layers else 0
         if believed:
             yield from self._foresee(layer, rows, believed)
-        waited = 0
+        waited, self._settled = self._settled, 0
         if resident:
             ns = self._grouped_ns(resident)
             yield Timeout(env, ns)
             self._computed(ns, layer, RESIDENT)
             for entry in resident:
                 self.memory.release(entry)
-        while self._arrived or self._outstanding or self._hosting:
+        while self._arrived or self._outstanding or self._hosting > self._deferred:
             if not self._arrived:
                 since = env.now
-                while not self._arrived and (self._outstanding or self._hosting):
+                while not self._arrived and (self._outstanding or self._hosting > self._deferred):
                     flight = link.flight if self._outstanding else None
                     if flight is None:  # nothing to wait for by name: the next arrival or the host says so
                         self._wake = flight = env.event()
@@ -263,7 +276,24 @@ class Device:
         assert beliefs.map is not None
         self.memory.now.beliefs[target] = beliefs.map[rows, target].astype(float).mean(axis=0).tolist()
 
+    def _ranked(self, calls: list[tuple[int, list[int], int]]) -> list[tuple[int, list[int], int]]:
+        """The same beliefs expert by expert, most probable and nearest first over all layers together."""
+        now, ranked = self.memory.now, []
+        for target, experts, expires in calls:
+            away = expires - now.position
+            inverse = self._system.prefetch.order == "inverse"
+            weight = 1 / max(away, 1) if inverse else 1 - away / (self._layers + 1)
+            odds = now.beliefs.get(target)
+            for expert in dict.fromkeys(experts):
+                if expert >= 0:
+                    trust = odds[expert % self.memory.experts] if odds else 0.0
+                    ranked.append((-weight * trust, (target, [expert], expires)))
+        ranked.sort(key=lambda item: item[0])
+        return [call for _, call in ranked]
+
     def _prefetch(self, calls: list[tuple[int, list[int], int]]) -> None:
+        if self._system.prefetch.order != "layer":
+            calls = self._ranked(calls)
         for target, experts, expires in calls:
             if expires > self.memory.now.position:
                 queued = self.memory.prefetch(target, experts, expires)
@@ -314,8 +344,10 @@ class Device:
     def _bring_in(self, layer: int, late: list[Copy], misses: list[Copy]) -> int:
         """Queue demands in rank order and hand host experts over; returns how many run on the host."""
         table, rule = self._table, self._system.misses.rule
-        if misses and self._system.transfer.unit == "layer":
-            misses = misses + self.memory.rest_of_layer(layer, {copy.expert for copy in misses})
+        if self._system.transfer.unit == "layer":
+            coming, fresh = self.memory.rest_of_layer(layer, late + misses)
+            late = late + coming
+            misses = misses + fresh if late or misses else []
         hosted: list[Copy] = []
         demands = list(late)
         for copy in misses:
@@ -349,7 +381,7 @@ class Device:
             if self._records.detail:
                 row = (HOST, self.memory.host.started, self._env.now, layer, copy.expert, copy.size, COMPUTE)
                 self._records.transfers.add(row)
-            if not self._hosting and not self._outstanding:
+            if self._hosting <= self._deferred and not self._outstanding:
                 self._waken()
 
         def begin(_: simpy.Event) -> None:

@@ -106,6 +106,10 @@ class Link:
         self.busy_ns = 0
         self.nbytes = 0
 
+    @property
+    def busy(self) -> bool:
+        return self._busy
+
     def submit(self, copy: Copy) -> None:
         copy.link = self
         (self._demand if copy.demand else self._prefetch).append(copy)
@@ -129,6 +133,8 @@ class Link:
         if demand:
             if demand[0].entry is not None or self._reserve(demand[0]):
                 self._start(demand.popleft())
+            else:
+                self._go_on()
             return
         while prefetch:
             copy = prefetch[0]
@@ -140,6 +146,15 @@ class Link:
                 if copy.entry is not None or self._reserve(copy):
                     self._start(prefetch.popleft())
                 return
+
+    def _go_on(self) -> None:
+        """The first demand waits for a slot: an expert of which some matrices have come goes on, and frees its slot."""
+        begun = next((copy for copy in self._demand if copy.entry is not None), None)
+        if begun is not None:
+            self._demand.remove(begun)
+            self._start(begun)
+        elif self._prefetch and self._prefetch[0].entry is not None and not self._prefetch[0].demand:
+            self._start(self._prefetch.popleft())
 
     def _start(self, copy: Copy) -> None:
         self._busy = copy.flying = True

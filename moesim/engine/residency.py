@@ -85,7 +85,7 @@ class Residency:
         self._arrived = arrived
         layers, self.experts = popularity.shape
         low_bits = system.misses.low_bits
-        self._bytes = [table.expert_bytes(layer) for layer in range(layers)]
+        self._bytes = [[table.expert_bytes(layer, None, e) for e in range(self.experts)] for layer in range(layers)]
         self._low_bytes = [table.expert_bytes(layer, low_bits) for layer in range(layers)] if low_bits else []
         self._parts = table.matrices if system.transfer.unit == "matrix" else 1
         self._width = 2 * self.experts  # ids from `experts` on are low-precision copies
@@ -94,6 +94,7 @@ class Residency:
         self._done: list[Entry] = []  # computed in the present layer, still protected
         self._planned: list[Copy] = []
         self._blocked = False
+        self._landing: simpy.Event | None = None
         self._scratch_free = slots.scratch
         self._brought = 0
         self.tick = 0  # experts looked up so far
@@ -151,6 +152,13 @@ class Residency:
         self.host = Executor(env, fluid, ("dram",))
         self.last = self.nvme if unified else self.h2d
 
+    def next_landing(self) -> simpy.Event | None:
+        """Happens when the next copy has landed; None where nothing moves."""
+        if not (self.last.busy or self.nvme.busy):
+            return None
+        self._landing = self._landing or self._env.event()
+        return self._landing
+
     def _record_copy(self, which: int, copy: Copy, start: int, end: int, size: int) -> None:
         kind = LATE if copy.promoted else DEMAND if copy.demand else PLANNED if copy.plan else PREFETCH
         self._records.transfers.add((which, start, end, copy.layer, copy.expert, size, kind))
@@ -159,7 +167,7 @@ class Residency:
 
     def place(self, layer: int, expert: int, pinned: bool) -> bool:
         """Put an expert there before time begins; False where it does not fit."""
-        entry = Entry(layer, expert, self._bytes[layer], self._brought, self.key(layer, expert))
+        entry = Entry(layer, expert, self._bytes[layer][expert], self._brought, self.key(layer, expert))
         pool = self._pools[layer]
         if pool.used + entry.bytes > pool.capacity:
             return False
@@ -170,15 +178,14 @@ class Residency:
         self.here[layer][expert] = entry
         return True
 
-    def resize(self, per_layer: Iterable[int]) -> None:
+    def resize(self, slots: Slots) -> None:
         """New capacities between two steps, when the KV cache grew or shrank; the lowest scores leave first."""
-        sizes = list(per_layer)
         one = self._system.eviction.scope == "global"
-        pools = self._pools[:1] if one else self._pools
-        for pool, size in zip(pools, [sum(sizes)] if one else sizes, strict=True):
-            pool.capacity = size
-            while pool.used > pool.capacity and (victim := pool.victim()):
-                self._evict(pool, victim)
+        for own, sizes in ((self._pools, slots.per_layer), (self._low_pools, slots.low)):
+            for pool, size in zip(own, [sum(sizes)] * len(sizes) if one else sizes, strict=True):
+                pool.capacity = size
+                while pool.used > pool.capacity and (victim := pool.victim() or pool.victim(guarded=True)):
+                    self._evict(pool, victim)
 
     @property
     def resident_bytes(self) -> int:
@@ -203,7 +210,9 @@ class Residency:
             self._scratch_free -= 1
         else:
             while pool.used + copy.nbytes > pool.capacity:
-                victim = pool.victim() or (self._computed_own(pool) if copy.demand else None)
+                victim = pool.victim()
+                if victim is None and copy.demand:
+                    victim = self._computed_own(pool) or pool.victim(guarded=True)
                 if victim is None:
                     self._blocked = True
                     return False
@@ -282,19 +291,26 @@ class Residency:
         (self.nvme if absent else self.last).submit(copy)
 
     def copy(self, layer: int, expert: int, demand: bool, expires: int, keep: bool) -> Copy:
-        nbytes = self._bytes[layer] if expert < self.experts else self._low_bytes[layer]
+        nbytes = self._bytes[layer][expert] if expert < self.experts else self._low_bytes[layer]
         return Copy(layer, expert, self.key(layer, expert), nbytes, self._parts, demand, expires, keep)
 
-    def rest_of_layer(self, layer: int, demanded: set[int]) -> list[Copy]:
-        """Every other expert of the layer: an expert-agnostic engine moves whole layers."""
-        here, base = self.here[layer], self.key(layer, 0)
-        rest = []
+    def rest_of_layer(self, layer: int, asked: Iterable[Copy]) -> tuple[list[Copy], list[Copy]]:
+        """Every other expert of the layer, (on its way, not yet): an expert-agnostic engine moves whole layers."""
+        here, names = self.here[layer], {copy.expert for copy in asked}
+        coming, fresh = [], []
         for expert in range(self.experts):
-            if expert not in here and expert not in demanded and base + expert not in self.coming:
+            copy = self.coming.get(self.key(layer, expert))
+            if expert in names or (copy is None and expert in here):
+                continue
+            if copy is None:
                 copy = self.copy(layer, expert, True, FOREVER, self._system.misses.keep)
-                copy.wanted = (self.tick, NEVER, 0)
-                rest.append(copy)
-        return rest
+                fresh.append(copy)
+            else:
+                coming.append(copy)
+            copy.wanted = (self.tick, NEVER, 0)
+            if copy.entry is not None:
+                copy.entry.busy = True
+        return coming, fresh
 
     def _read(self, copy: Copy) -> None:
         """An NVMe read has reached host memory: the copy goes on over PCIe."""
@@ -308,6 +324,9 @@ class Residency:
 
     def _landed(self, copy: Copy) -> None:
         del self.coming[copy.key]
+        if self._landing is not None:
+            landing, self._landing = self._landing, None
+            landing.succeed()
         entry = copy.entry
         assert entry is not None
         entry.landed = True
@@ -340,7 +359,10 @@ class Residency:
             entry = here.get(expert) or (here.get(expert - self.experts) if expert >= self.experts else None)
             if entry is not None and self._system.prefetch.pin:
                 entry.guard = max(entry.guard, expires)
-            if expert < 0 or entry is not None or base + expert in self.coming:
+            if expert < 0 or entry is not None:
+                continue
+            if (coming := self.coming.get(base + expert)) is not None:
+                coming.expires = max(coming.expires, expires)  # believed in again before it started
                 continue
             if queued == room:
                 break
@@ -368,7 +390,7 @@ class Residency:
             for expert in range(self.experts)
             if values[layer, expert] > 0
         )
-        room = pool.capacity // max(self._bytes[layer] for layer in layers)
+        room = pool.capacity // max(max(self._bytes[layer]) for layer in layers)
         for value, absent, layer, expert in sorted(ranked[:room], key=lambda r: (r[2], r[0], r[3])):
             if absent and self.key(layer, expert) not in self.coming:
                 copy = self.copy(layer, expert, False, FOREVER, True)

@@ -18,11 +18,13 @@ from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Executor, Link
 from moesim.engine.residency import NEVER, Counts, Slots
 from moesim.engine.serve import Limits, Server
-from moesim.policies import FCFS, GreedySLO
+from moesim.errors import MemoryBudgetError
+from moesim.policies import FCFS, GreedySLO, split_by_layer
 from moesim.prediction import Beliefs, History
 from moesim.records import Records
 from moesim.systems.system import System
 from moesim.trace import Trace
+from moesim.transforms import calibration_rows
 from moesim.workload import Request, Workload
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def simulate(
         nonlocal peak
         peak = max(peak, device.memory.resident_bytes)
         if setting.shared_bytes and system.cache and not system.all_resident:
-            device.memory.resize(split_by_layer(setting.shared_bytes - kv_bytes, expert_bytes))
+            device.memory.resize(_slots(setting.shared_bytes - kv_bytes, expert_bytes, system, table, trace))
 
     planner = _Planner(env, setting, system, device)
     scheduling = system.scheduling
@@ -135,31 +137,32 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _slots(total: int, expert_bytes: list[int], system: System, table: CostTable, trace: Trace) -> Slots:
     """Device memory as the system divides it: a share for low-precision copies, the rest by layer."""
+    experts, misses = trace.info.experts, system.misses
     low: tuple[int, ...] = ()
-    if system.misses.rule == "precision":
-        low_bytes = [table.expert_bytes(layer, system.misses.low_bits) for layer in range(trace.layers)]
-        low = split_by_layer(int(total * system.misses.low_share), low_bytes)
+    if misses.rule == "precision":
+        low_bytes = [table.expert_bytes(layer, misses.low_bits) for layer in range(trace.layers)]
+        low = split_by_layer(int(total * misses.low_share), low_bytes)
+        _check_room(system, "low-precision", low, low_bytes)
         total -= sum(low)
-    return Slots(split_by_layer(total, expert_bytes), max(2, trace.top_k), low)
+    slots = Slots(system.capacity.split(total, expert_bytes, experts), system.scratch_slots(trace.top_k, experts), low)
+    if misses.rule == "precision":
+        _check_room(system, "full-precision", slots.per_layer, expert_bytes)
+    return slots
 
 
-def split_by_layer(total: int, expert_bytes: list[int]) -> tuple[int, ...]:
-    """Device memory of each layer: whole slots dealt out one by one, so that earlier layers hold at most one more."""
-    layers = len(expert_bytes)
-    rounds = max(total, 0) // sum(expert_bytes)
-    left = max(total, 0) - rounds * sum(expert_bytes)
-    sizes = [rounds * size for size in expert_bytes]
-    for layer in range(layers):
-        if left >= expert_bytes[layer]:
-            sizes[layer] += expert_bytes[layer]
-            left -= expert_bytes[layer]
-    return tuple(sizes)
+def _check_room(system: System, kind: str, sizes: tuple[int, ...], one: list[int]) -> None:
+    """Every pool must hold at least one expert, or a copy into it would wait for ever."""
+    room = min(sizes) if system.eviction.scope == "layer" else sum(sizes)
+    if room < max(one):
+        raise MemoryBudgetError(
+            f"{system.name}: {room / 2**20:.1f} MiB for {kind} copies cannot hold one of {max(one) / 2**20:.1f} MiB; "
+            "raise the expert memory or change misses.low_share"
+        )
 
 
 def calibration_popularity(trace: Trace) -> NDArray[np.float64]:
     """Share of each expert in the choices of the first tenth of the requests (at least one): [layers, experts]."""
-    count = max(1, len(trace.requests) // 10)
-    counts = trace.popularity(slice(0, int(trace.first_row[count]))).astype(np.float64)
+    counts = trace.popularity(calibration_rows(trace)).astype(np.float64)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 

@@ -35,12 +35,14 @@ class Eviction:
 
     scope: what competes for a slot: the experts of one layer, or all of them.
     per_sequence: uses are forgotten when a new request is admitted.
+    window: steps that `belady` looks ahead; 0 = to the end.
     """
 
     score: tuple[tuple[str, float], ...] = (("lru", 1.0),)
     scope: str = "layer"
     combine: str = "sum"
     per_sequence: bool = False
+    window: int = 0
 
     def __post_init__(self) -> None:
         if not self.score:
@@ -50,12 +52,14 @@ class Eviction:
                 raise PolicyError(f"eviction.score: unknown feature '{feature}'{nearest(feature, FEATURES)}")
         if self.combine not in COMBINATIONS:
             raise PolicyError(f"eviction.combine '{self.combine}' must be one of {', '.join(COMBINATIONS)}")
+        if self.window < 0 or (self.window and not self.looks_ahead):
+            raise PolicyError(f"eviction.window {self.window} must be at least 0, and needs the feature belady")
         if self.scope not in SCOPES:
             raise PolicyError(f"eviction.scope '{self.scope}' must be one of {', '.join(SCOPES)}")
 
     @property
     def changing(self) -> bool:
-        return any(feature in CHANGING for feature, _ in self.score)
+        return self.window > 0 or any(feature in CHANGING for feature, _ in self.score)
 
     @property
     def looks_ahead(self) -> bool:

@@ -24,6 +24,7 @@ class Misses:
 
     thresholds: (T1, T2) of the rule `precision`; low_bits: bits per weight of the low-precision copies it fetches;
     low_share: share of the expert memory kept for them.
+    defer: so many host experts of a layer may finish during the next layer's attention (KTransformers).
     """
 
     rule: str = "fetch"
@@ -31,12 +32,17 @@ class Misses:
     thresholds: tuple[float, float] = (0.6, 0.9)
     low_bits: float | None = None
     low_share: float = 0.2
+    defer: int = 0
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise PolicyError(f"misses.rule: unknown rule '{self.rule}'{nearest(self.rule, RULES)}")
         if self.rule == "precision" and (self.low_bits is None or not 0 < self.low_share < 1):
             raise PolicyError("misses.rule precision needs low_bits and a low_share between 0 and 1")
+        if self.defer < 0 or (self.defer and self.rule not in ("host", "cheaper")):
+            raise PolicyError(
+                f"misses.defer {self.defer} needs experts on the host; set misses.rule to host or cheaper"
+            )
         low, high = self.thresholds
         if not 0 <= low <= high:
             raise PolicyError(f"misses.thresholds {low:g}, {high:g}: T1 must be at least 0 and T2 at least T1")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moesim.errors import PolicyError
+from moesim.errors import PolicyError, nearest
+
+ORDERS = {
+    "layer": "the nearest layer first, and in each layer the likeliest first",
+    "linear": "probability x (1 - layers ahead / (layers + 1)), over all layers together (MoE-Infinity)",
+    "inverse": "probability / layers ahead, over all layers together (fMoE)",
+}
 
 
 @dataclass(frozen=True)
@@ -12,7 +18,9 @@ class Prefetch:
     """per_layer: at most so many copies are queued for one layer of one step; None means all that are predicted.
 
     first_missing: look further ahead only while nothing nearer is missing (HOBBIT).
-    pin: what is predicted may not be evicted before its layer is over (HOBBIT).
+    pin: what is predicted may not be evicted before its layer is over, except by a demand that finds nothing else.
+    order: which copies go first; the orders over all layers go by the map of the newest belief.
+    bulk: the step begins when all that was asked for at its start has landed (SiDA's released code).
     latency_ns: from the trigger to the first copy; blocking: the step waits for it (MoE-Infinity), else it runs beside.
     """
 
@@ -21,12 +29,20 @@ class Prefetch:
     pin: bool = False
     latency_ns: int = 0
     blocking: bool = False
+    order: str = "layer"
+    bulk: bool = False
 
     def __post_init__(self) -> None:
         if self.per_layer is not None and self.per_layer < 1:
             raise PolicyError(f"prefetch.per_layer {self.per_layer} must be at least 1; leave prediction out for none")
         if self.latency_ns < 0:
             raise PolicyError(f"prefetch.latency_ns {self.latency_ns} must be at least 0")
+        if self.order not in ORDERS:
+            raise PolicyError(f"prefetch.order: unknown order '{self.order}'{nearest(self.order, ORDERS)}")
+        if self.order != "layer" and (self.first_missing or self.per_layer):
+            raise PolicyError(
+                f"prefetch.order {self.order} ranks all layers together; leave out per_layer, first_missing"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,34 @@ from typing import Any
 
 from moesim.errors import PolicyError, nearest
 from moesim.policies import FCFS, GreedySLO
-from moesim.prediction import NoPrediction, Oracle, Transitions
+from moesim.prediction import (
+    ExpertMaps,
+    NoPrediction,
+    Oracle,
+    RequestCounts,
+    StackedGates,
+    Transitions,
+    WholeLayer,
+)
 from moesim.systems import baselines
+from moesim.systems.adapmoe import adapmoe
+from moesim.systems.deepspeed import deepspeed
+from moesim.systems.eep import eep
 from moesim.systems.emoe import emoe
+from moesim.systems.expertflow import expertflow
+from moesim.systems.fmoe import fmoe
+from moesim.systems.hobbit import hobbit
+from moesim.systems.ktransformers import ktransformers
+from moesim.systems.mc import mc
+from moesim.systems.meo import meo
+from moesim.systems.moe_infinity import moe_infinity
+from moesim.systems.pregated import pregated
+from moesim.systems.promoe import promoe
+from moesim.systems.samoyeds import samoyeds
+from moesim.systems.seer import seer
+from moesim.systems.sida import sida
 from moesim.systems.system import System, change_field
+from moesim.systems.tsep import tsep
 
 SYSTEMS: dict[str, Callable[..., System]] = {
     "all-resident": baselines.all_resident,
@@ -28,9 +52,35 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "Mixtral-Offloading": baselines.mixtral_offloading,
     "Fiddler": baselines.fiddler,
     "eMoE": emoe,
+    "Belady-window": baselines.belady_window,
+    "DeepSpeed": deepspeed,
+    "Pre-gated": pregated,
+    "MoE-Infinity": moe_infinity,
+    "ProMoE": promoe,
+    "KTransformers": ktransformers,
+    "ExpertFlow": expertflow,
+    "EPLB": baselines.eplb,
+    "fMoE": fmoe,
+    "HOBBIT": hobbit,
+    "AdapMoE": adapmoe,
+    "SiDA": sida,
+    "Samoyeds": samoyeds,
+    "MC": mc,
+    "EEP": eep,
+    "SEER-MoE": seer,
+    "MEO": meo,
+    "TSEP": tsep,
 }
 
-PREDICTORS: dict[str, Callable[..., Any]] = {"none": NoPrediction, "transitions": Transitions, "oracle": Oracle}
+PREDICTORS: dict[str, Callable[..., Any]] = {
+    "none": NoPrediction,
+    "transitions": Transitions,
+    "oracle": Oracle,
+    "expert-maps": ExpertMaps,
+    "request-counts": RequestCounts,
+    "stacked-gates": StackedGates,
+    "whole-layer": WholeLayer,
+}
 SCHEDULERS: dict[str, Callable[..., Any]] = {"fcfs": FCFS, "greedy-slo": GreedySLO}
 
 __all__ = ["PREDICTORS", "SCHEDULERS", "SYSTEMS", "System", "load_system", "with_setting"]
@@ -53,8 +103,10 @@ def with_setting(system: System, setting: str) -> System:
         return replace(system, predictor=_make("predictor", value, PREDICTORS))
     if part == "scheduling":
         return replace(system, scheduling=_make("scheduler", value, SCHEDULERS))
-    if part in ("eviction", "misses", "prefetch", "placement", "transfer", "refresh"):
+    if part in ("eviction", "capacity", "misses", "prefetch", "placement", "transfer", "refresh"):
         return replace(system, **{part: getattr(load_system(value), part)})
+    if part == "transforms":
+        return replace(system, transforms=() if value.lower() == "none" else load_system(value).transforms)
     return change_field(system, part, value)
 
 

@@ -57,6 +57,22 @@ def belady(scope: str = "layer") -> System:
     return _cached("Belady", BELADY, scope)
 
 
+def belady_window(window: int = 16, scope: str = "layer") -> System:
+    """Belady that sees `window` steps ahead: of experts not needed within them, the least recently used leaves."""
+    return System("Belady-window", eviction=Eviction(BELADY.score, scope, window=window))
+
+
+def eplb() -> System:
+    """DeepSeek's expert load balancer: every expert resident, popular ones twice, spread over several GPUs."""
+    return System(
+        "EPLB",
+        all_resident=True,
+        placement=Placement("all", pinned=True),
+        source="github.com/deepseek-ai/EPLB",
+        notes=("EPLB places replicas on several GPUs; on one there is nothing to balance: this is all-resident",),
+    )
+
+
 def oracle(distance: int = 1) -> System:
     """Belady's eviction, and every expert asked for `distance` layers before it is needed: the bound with prefetch."""
     return System("oracle", eviction=BELADY, predictor=Oracle(distance=distance))

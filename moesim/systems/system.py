@@ -5,9 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from moesim.costs.table import KERNELS
 from moesim.errors import PolicyError, nearest
-from moesim.policies import FCFS, LRU, Eviction, Misses, Placement, Prefetch, Refresh, Scheduling, Transfer
+from moesim.policies import (
+    FCFS,
+    LRU,
+    Capacity,
+    Even,
+    Eviction,
+    Misses,
+    Placement,
+    Prefetch,
+    Refresh,
+    Scheduling,
+    Transfer,
+)
 from moesim.prediction import NoPrediction, Predictor
+from moesim.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -16,6 +30,7 @@ class System:
 
     name: str
     eviction: Eviction = LRU
+    capacity: Capacity = field(default_factory=Even)
     misses: Misses = field(default_factory=Misses)
     predictor: Predictor = field(default_factory=NoPrediction)
     prefetch: Prefetch = field(default_factory=Prefetch)
@@ -26,6 +41,8 @@ class System:
     cache: bool = True
     all_resident: bool = False
     expert_bits: float | None = None  # None = as the model comes
+    transforms: tuple[Transform, ...] = ()  # applied to model and trace, in order, before anything else sees them
+    kernel: str = "grouped"  # what computes experts on the device
     source: str = ""
     notes: tuple[str, ...] = ()  # what a reader of the result must know
 
@@ -38,6 +55,16 @@ class System:
             raise PolicyError("a system without a cache cannot keep what it fetches; set misses.keep to false")
         if self.transfer.write_back and not self.misses.keep:
             raise PolicyError("transfer.write_back needs a cache that evicts; misses.keep is false")
+        if self.kernel not in KERNELS:
+            raise PolicyError(f"unknown kernel '{self.kernel}'{nearest(self.kernel, KERNELS)}")
+
+    def scratch_slots(self, top_k: int, experts: int) -> int:
+        """Slots for experts used once and forgotten: a token's, or a layer's where whole layers move; the next
+        layer's as well where a system without a cache prefetches. None where all that comes is kept."""
+        if self.cache and self.misses.keep:
+            return 0
+        own = experts if self.transfer.unit == "layer" else max(2, top_k)
+        return own if self.cache or isinstance(self.predictor, NoPrediction) else 2 * own
 
     def parts(self) -> dict[str, Any]:
         """The composition, part by part, as plain values for results and `systems show`."""
@@ -86,7 +113,8 @@ def parse_value(old: Any, text: str, setting: str) -> Any:
             pairs = [item.partition(":") for item in text.split(",")]
             return tuple((feature, float(weight or 1)) for feature, _, weight in pairs)
         if isinstance(old, tuple):
-            return tuple(item for item in text.split(",") if item)
+            kind = type(old[0]) if old else str
+            return tuple(kind(item) for item in text.split(",") if item)
         if old is None:
             return None if text.lower() == "none" else float(text) if "." in text else int(text)
         if isinstance(old, str):

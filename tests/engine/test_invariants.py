@@ -15,7 +15,7 @@ from moesim.engine.events import ARRIVED, RESIDENT, Batch, Device
 from moesim.engine.residency import D2H, H2D, HOST
 from moesim.engine.simulate import simulate
 from moesim.policies import LRU, Eviction, Misses, Placement, Transfer
-from moesim.prediction import NoPrediction, Oracle, Transitions
+from moesim.prediction import ExpertMaps, NoPrediction, Oracle, RequestCounts, Transitions
 from moesim.systems import System, load_system
 from moesim.trace import Trace
 from moesim.workload import from_trace, with_arrivals
@@ -195,16 +195,23 @@ def test_more_bandwidth_is_never_slower_for_fixed_decisions(scene, name):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 29), st.sampled_from([Transitions(block=4), Transitions(block=1, top=3)]))
+@given(
+    st.integers(0, 1000), st.integers(1, 29),
+    st.sampled_from([
+        Transitions(block=4), Transitions(block=1, top=3), RequestCounts(), RequestCounts(store=1),
+        ExpertMaps(distance=1), ExpertMaps(distance=3, store=4), ExpertMaps(distance=1, offline=True),
+    ]),
+)  # fmt: skip
 def test_predictors_are_causal(seed, cut, predictor):
     """Changing the future of a trace changes no earlier belief."""
     trace = random_trace(30, 3, 8, 2, seed, requests=3)
     other = random_trace(30, 3, 8, 2, seed + 1, requests=3)
     mixed = trace.experts.copy()
     mixed[cut:] = other.experts[cut:]
-    (before,) = predictor.predict(trace, 0)
-    (after,) = predictor.predict(replace(trace, experts=mixed), 0)
-    np.testing.assert_array_equal(before.experts[:cut], after.experts[:cut])
+    for before, after in zip(
+        predictor.predict(trace, 0), predictor.predict(replace(trace, experts=mixed), 0), strict=True
+    ):
+        np.testing.assert_array_equal(before.experts[:cut], after.experts[:cut])
 
 
 def test_the_oracle_alone_looks_ahead():

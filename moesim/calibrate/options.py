@@ -1,0 +1,11 @@
+"""The command's options in words, for both ways to start it."""
+
+ABOUT = "Measure this machine and write a profile of it; a second run with the same -o goes on where the first ended."
+DEVICE = "cuda:0 or cpu; default: a GPU if there is one."
+DEFAULT_BUDGET = "5m"
+BUDGET = "Time to spend, such as 90s, 5m or 1h."
+ONLY = "Families or groups, such as gemm,link."
+OUTPUT = "Directory of the profile; a second run adds to it."
+SEED = "Seed of inputs and of the choice of points."
+FIT_ONLY = "Measure nothing: fit what the directory holds."
+JSON = "Print one JSON object."

@@ -1,0 +1,93 @@
+"""Two profiles side by side, and a profile against the machine this runs on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesim.costs.fit import Curve
+    from moesim.profile import Profile
+
+_SAMPLES = 400
+
+
+def compare(first: Profile, second: Profile) -> list[dict[str, Any]]:
+    """Per curve of both: quantiles of time(second) / time(first) over shapes that both cover."""
+    others = {(curve.family, curve.variant): curve for curve in second.curves}
+    rows = []
+    for curve in first.curves:
+        other = others.get((curve.family, curve.variant))
+        ratios = _ratios(curve, other) if other else []
+        if ratios:
+            ratios.sort()
+            at = [ratios[min(int(q * len(ratios)), len(ratios) - 1)] for q in (0.1, 0.5, 0.9)]
+            rows.append({"curve": curve.name, "shapes": len(ratios), "median": at[1], "p10": at[0], "p90": at[2]})
+    return rows
+
+
+def _ratios(first: Curve, second: Curve) -> list[float]:
+    """At random points of the box both span, where neither extrapolates."""
+    import numpy as np
+
+    boxes = [(max(a[0], b[0]), min(a[-1], b[-1])) for a, b in zip(first.axes, second.axes, strict=True)]
+    if any(start > end for start, end in boxes):
+        return []
+    low, high = np.array(boxes).T
+    draws = np.random.default_rng(0).uniform(low, high, size=(_SAMPLES, len(boxes)))
+    ratios = []
+    for point in draws.tolist():
+        (a, beyond_a), (b, beyond_b) = first.at(point), second.at(point)
+        if not beyond_a and not beyond_b:
+            ratios.append(math.exp(b - a))
+    return ratios
+
+
+def changed(profile: Profile) -> list[str]:
+    """One line per condition that is not what it was; nothing for imported profiles."""
+    if profile.meta["provenance"] == "imported":
+        return []
+    now = conditions_here()
+    return [
+        f"{name}: measured with {profile.meta[name]}, now {here}; measure again with `moesim calibrate`"
+        for name, here in now.items()
+        if profile.meta.get(name) is not None and _plain(profile.meta[name]) != _plain(here)
+    ]
+
+
+def _plain(version: Any) -> str:
+    """`2.13.0` of torch's `2.13.0+cu128`: packages do not tell the rest."""
+    return str(version).partition("+")[0]
+
+
+def conditions_here() -> dict[str, str | None]:
+    """Driver, CUDA's torch and CPU of this machine, without loading torch."""
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = None
+    gpu, driver = _gpu()
+    return {"gpu": gpu, "driver": driver, "torch": torch, "cpu": _cpu()}
+
+
+def _gpu() -> tuple[str | None, str | None]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return str(name), str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:
+        return None, None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
