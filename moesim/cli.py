@@ -241,7 +241,6 @@ def _mount() -> None:
     app.command()(calibrate)
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")
-    app.add_typer(profile_app, name="profile", help="Profiles: measured or imported costs of a machine.")
     app.add_typer(profile_app, name="profile", help="Profiles: measured and imported costs of machines.")
     app.add_typer(machine_app, name="machine", help="Machines of the catalogue, and what each rate is taken from.")
 

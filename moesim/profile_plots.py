@@ -59,7 +59,7 @@ def _family_figure(profile: Profile, name: str) -> Figure:
     """Rate, or time where bytes measure nothing, along the first axis of the family's largest curves."""
     fam = family(name)
     unit = "microseconds" if name in _COUNTED else "TFLOPS" if name in _COMPUTES else "GB/s"
-    figure = _figure(f"{name}: {fam.what}", fam.axis_names[0], unit, 420)
+    figure = _figure(f"{name}: {fam.what}", fam.axis_names[0], unit, 450)
     for curve, colour in zip(profile.of_family(name)[:_MOST], _COLOURS, strict=False):
         rows = [row for row in profile.samples if row["family"] == name and fam.key(row) == curve.variant]
         dots = [_dot(fam, curve, row, unit) for row in rows]
@@ -74,8 +74,8 @@ def _family_figure(profile: Profile, name: str) -> Figure:
             line={"color": colour, "width": 2},
             hovertemplate=f"{label}<br>%{{x:.4g}}: %{{y:.4g}} {unit}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log")
+    figure.update_xaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log", dtick=1)
     return figure
 
 
@@ -110,8 +110,9 @@ def _figure(title: str, x: str, y: str, height: int) -> Figure:
         raise MoesimError("plots need plotly, which is not installed; pip install 'moesim[plots]'") from error
     figure = PlotlyFigure()
     figure.update_layout(
-        title={"text": title, "x": 0.02}, template="plotly_white", height=height, font={"size": 13},
-        margin={"l": 70, "r": 20, "t": 60, "b": 100}, legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+        title={"text": title, "x": 0.02, "font": {"size": 14}}, template="plotly_white", height=height,
+        font={"size": 13},
+        margin={"l": 70, "r": 20, "t": 60, "b": 130}, legend={"orientation": "h", "y": -0.28, "yanchor": "top"},
     )  # fmt: skip
     figure.update_xaxes(title=x, showline=True, linecolor="#888", ticks="outside", automargin=True)
     figure.update_yaxes(title=y, showline=True, linecolor="#888", ticks="outside", automargin=True)

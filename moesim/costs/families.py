@@ -220,7 +220,7 @@ FAMILIES = {
         ),
         Family(
             "grouped", ("pairs", "active", "hidden", "ffn", "routed"), ("dtype", "kernel", "matrices"), _grouped,
-            "the routed experts of one layer: sort, up, gate, activation, down, combine",
+            "routed experts of one layer, from sorting to combining",
             {**_KERNEL, "matrices": 3, "routed": 0},
             ("rows_per_expert", "active", "hidden", "ffn", "routed_per_pair"), _place_grouped, _grouped_at,
         ),
@@ -232,7 +232,7 @@ FAMILIES = {
         ),
         Family(
             "attention_decode", ("batch", "context", "heads", "kv_heads", "head_dim"), ("dtype", "kernel", "window"),
-            _decode, "attention of one new token per sequence, projections excluded", {**_KERNEL, "window": 0},
+            _decode, "attention of one new token per sequence", {**_KERNEL, "window": 0},
             ("streams", "context", "heads_per_kv", "head_dim"), _place_decode, _decode_at,
         ),
         Family(
