@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import PolicyError
 from moesim.question import Question, Run, run
+from moesim.systems import load_system
 from moesim.trace import Trace
 
 METRICS = ("tpot", "ttft", "e2el")
@@ -19,6 +20,10 @@ def compare(trace: Trace, policies: list[str], question: Question) -> dict[str, 
     """Each policy's summary, and how every other differs from the first, with a 95 % interval over requests."""
     if len(policies) < 2:
         raise PolicyError(f"--policies {','.join(policies)}: name at least two, such as LRU,eMoE")
+    if len(set(policies)) < len(policies):
+        raise PolicyError(f"--policies {','.join(policies)}: a policy is named twice; name each once")
+    for policy in policies:
+        load_system(policy)  # a misspelt name is refused before the first replay
     runs: dict[str, Run] = {}
     for policy in policies:
         runs[policy] = run(trace, policy, question, anchors=not runs)

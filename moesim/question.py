@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from moesim.trace.io import check_matches
 from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
 from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
 
+ENOUGH = 20  # requests below which a queue says nothing about load
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
 SAMPLE_LOOKUPS = 120_000
 ANCHORS = {"all_resident": "all-resident", "no_cache": "on-demand", "lru": "LRU", "oracle": "oracle"}
@@ -129,16 +130,36 @@ class Scene:
         return chain(shares or none, none | {"lower_precision": none["skipped"] + 1})
 
     def ledger(self, system: System) -> Ledger:
-        """Where every byte of GPU, host and drive goes under `system`."""
+        """Where every byte of GPU, host and drive goes under `system`.
+
+        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
+        as many as do, since the engine admits requests by KV memory.
+        """
+        q = self.question
+        sequences = min(self.concurrency, q.max_num_seqs, len(self.workload.requests))
+        ledger = self._ledger(system, sequences)
+        while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
+            sequences = -(-sequences // 2)
+            ledger = self._ledger(system, sequences)
+        return ledger
+
+    def _step_tokens(self, sequences: int) -> int:
+        """The most tokens one step can hold: every sequence decodes, and prompts or chunks fill the budget."""
+        q, prompts = self.question, [len(r.prefill) for r in self.workload.requests]
+        prompt = sequences * q.chunk if q.chunk else sum(sorted(prompts)[-sequences:])
+        alone = 0 if q.chunk else max(prompts)  # a whole prompt goes in even above the budget
+        return max(sequences, min(prompt + sequences, q.max_batch_tokens), alone)
+
+    def _ledger(self, system: System, sequences: int) -> Ledger:
         q, requests = self.question, self.workload.requests
         return plan_memory(
             self._served(system),
             self.machine,
             expert_memory=None if system.all_resident or not system.cache else q.expert_memory,
             slots_per_layer=None if system.all_resident or not system.cache else q.slots_per_layer,
-            max_sequences=min(self.concurrency, q.max_num_seqs, len(requests)),
+            max_sequences=sequences,
             max_context=max(r.prompt_tokens + len(r.decode) for r in requests),
-            max_batch_tokens=q.chunk or min(q.max_batch_tokens, max(len(r.prefill) for r in requests) or 1),
+            max_batch_tokens=self._step_tokens(sequences),
             all_resident=system.all_resident,
             cache=system.cache,
             scratch_experts=system.scratch_slots(self.trace.top_k, self.trace.info.experts),
@@ -204,8 +225,7 @@ def run(
         system = with_setting(system, setting)
     scene = Scene(trace, question).under(system)
     ledger = scene.ledger(system)
-    per_layer = system.cache and system.misses.keep and system.eviction.scope == "layer"
-    if ledger.verdict == "OOM" or (ledger.verdict == "CACHE_DISABLED" and per_layer):
+    if not _runs(system, ledger):
         return Run(_infeasible(scene, system, ledger), Records(False), ())
     outcome = _simulate(scene, system, ledger, detail)
     return Run(
@@ -286,14 +306,17 @@ def _status(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, numb
     """The memory's verdict, or what only the run could show."""
     arrivals = outcome.records.requests.column("arrival")
     span = int(arrivals.max() - arrivals.min())
-    waited = outcome.records.requests.column("admitted") - outcome.records.requests.column("sent")
-    tail = waited[-max(1, len(waited) // 4) :].mean()
-    if span and tail > 0.25 * span:
+    order = outcome.records.requests.column("request").argsort()
+    waited = (outcome.records.requests.column("admitted") - outcome.records.requests.column("sent"))[order]
+    quarter = len(waited) // 4
+    tail = waited[-quarter:].mean() if quarter else 0.0
+    growing = len(waited) >= ENOUGH and tail > 2 * waited[:quarter].mean()
+    if span and growing and tail > 0.25 * span:
         return "OVERLOADED", f"the last quarter of the requests waited {tail / 1e9:.3g} s to be admitted"
     if ledger.verdict == "FITS" and system.cache and not system.all_resident:
         steps = max(len(outcome.records.steps), 1)
         unique = numbers["lookups"] / steps / scene.trace.layers
-        slots = ledger.expert_bytes / max(scene.trace.layers * scene.model.expert_bytes(), 1)
+        slots = ledger.expert_bytes / max(scene.trace.layers * scene._served(system).expert_bytes(), 1)
         if unique > slots:
             return "THRASH", f"a step needs {unique:.1f} experts per layer, the cache holds {slots:.1f}"
     return ledger.verdict, ledger.reason
@@ -413,15 +436,19 @@ def _sample(scene: Scene) -> Scene:
 
 def _anchor(scene: Scene, name: str) -> dict[str, Any]:
     system = load_system(name)
-    ledger = scene.ledger(system)
-    if system.all_resident:  # the anchor is what it would be if memory were no object
-        ledger = replace(ledger, verdict="FITS")
     try:
-        return _brief(_numbers(_simulate(scene, system, ledger, shown=False))) | {
-            "fits": scene.ledger(system).verdict != "OOM"
-        }
+        ledger = scene.ledger(system)
+        if not system.all_resident and not _runs(system, ledger):
+            return {"error": f"{ledger.verdict}: {ledger.reason}"}
+        return _brief(_numbers(_simulate(scene, system, ledger, shown=False))) | {"fits": ledger.verdict != "OOM"}
     except MemoryBudgetError as error:
         return {"error": str(error)}
+
+
+def _runs(system: System, ledger: Ledger) -> bool:
+    """Whether a plan has room to make progress: one slot per layer, or one for all layers together."""
+    per_layer = system.cache and system.misses.keep and system.eviction.scope == "layer"
+    return ledger.verdict != "OOM" and not (ledger.verdict == "CACHE_DISABLED" and per_layer)
 
 
 def _brief(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from moesim.errors import WorkloadError
 from moesim.trace import Requests, Trace
 
 MAX_FILE_BYTES = 1 << 30
+MAX_SECONDS = 1e9  # int64 ns hold nine times as much
+MAX_TOKENS = 1 << 24  # per request
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def with_arrivals(workload: Workload, rate: float, burstiness: float, seed: int)
         return replace(_at(workload, np.zeros(len(workload.requests))), arrivals="all at time 0")
     rng = np.random.default_rng([seed, 0xA551])
     gaps = rng.gamma(burstiness, 1 / (rate * burstiness), len(workload.requests))
+    if gaps.sum() > MAX_SECONDS:
+        raise WorkloadError(f"request rate {rate:g}: the last request would arrive after {gaps.sum():.3g} s; raise it")
     return replace(_at(workload, np.cumsum(gaps)), arrivals=f"{rate:g} requests/s, burstiness {burstiness:g}")
 
 
@@ -193,8 +197,10 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, least: floa
         value = float(text)
     except ValueError:
         value = math.nan
-    if not least <= value < 1e12:
-        raise WorkloadError(f"{path}, line {line}: {column} '{text}' must be a number of at least {least:g}")
+    most = MAX_SECONDS if column == "arrival_s" else MAX_TOKENS
+    if not least <= value <= most or (column != "arrival_s" and value != int(value)):
+        kind = "a number" if column == "arrival_s" else "a whole number"
+        raise WorkloadError(f"{path}, line {line}: {column} '{text}' must be {kind} from {least:g} to {most:g}")
     return value
 
 

@@ -56,7 +56,8 @@ Score = Callable[[Entry], float]
 class Pool:
     """One memory budget in bytes: a layer's, or all layers'.
 
-    Where scores change only when an expert is touched, a heap holds (score, last use, key, entry) of evictable experts.
+    Where scores change only when an expert is touched, a heap holds (score, last use, key, arrival, entry) of
+    evictable experts.
     A touch makes an item stale instead of searching for it; stale ones are skipped, and swept out when they outnumber
     the live. Scores that change by themselves are computed for every victim.
     """
@@ -65,7 +66,7 @@ class Pool:
         self.capacity, self.used = capacity, 0
         self.entries: dict[int, Entry] = {}
         self._score, self._changing, self._now = score, changing, now
-        self._heap: list[tuple[float, int, int, Entry]] = []
+        self._heap: list[tuple[float, int, int, int, Entry]] = []
 
     def add(self, entry: Entry) -> None:
         self.entries[entry.key] = entry
@@ -81,13 +82,13 @@ class Pool:
             return
         if len(self._heap) > 64 + 4 * len(self.entries):
             self.rebuild()
-        heappush(self._heap, (self._score(entry), entry.last_use, entry.key, entry))
+        heappush(self._heap, (self._score(entry), entry.last_use, entry.key, entry.brought, entry))
 
     def rebuild(self) -> None:
         """Score every evictable expert anew, after a plan changed or to sweep out stale items."""
         if not self._changing:
             free = [(k, e) for k, e in self.entries.items() if e.landed and not e.busy and not e.pinned]
-            self._heap = [(self._score(e), e.last_use, key, e) for key, e in free]
+            self._heap = [(self._score(e), e.last_use, key, e.brought, e) for key, e in free]
             heapify(self._heap)
 
     def victim(self, guarded: bool = False) -> Entry | None:
@@ -107,7 +108,7 @@ class Pool:
         heap, guarded = self._heap, []
         found = None
         while heap:
-            _, last_use, key, entry = heap[0]
+            _, last_use, key, _, entry = heap[0]
             if self.entries.get(key) is entry and entry.last_use == last_use and entry.landed and not entry.busy:
                 if entry.guard <= position:
                     found = entry

@@ -171,7 +171,7 @@ class Device:
         if self._levels:
             wanted = self._lower(layer, rows, chosen)
         resident, late, misses = self._classify(layer, wanted, next_use)
-        if self._substituting and (misses or late) and self.memory.here[layer]:
+        if self._substituting and (misses or late) and self._any_landed(layer):
             resident = self._substitute(layer, rows, chosen)
             late, misses = [], []
         hosted = self._bring_in(layer, late, misses)
@@ -329,7 +329,7 @@ class Device:
                 misses.append(copy)
             else:
                 late.append(copy)
-                if self._substituting and here:
+                if self._substituting and self._any_landed(layer):
                     continue  # the token goes elsewhere and the copy lands in its own time
             copy.wanted = (tick, ahead, tokens)
             if entry is not None:
@@ -340,6 +340,9 @@ class Device:
         counts.lates += len(late)
         counts.misses += len(misses)
         return resident, late, misses
+
+    def _any_landed(self, layer: int) -> bool:
+        return any(entry.landed for entry in self.memory.here[layer].values())
 
     def _bring_in(self, layer: int, late: list[Copy], misses: list[Copy]) -> int:
         """Queue demands in rank order and hand host experts over; returns how many run on the host."""
@@ -353,8 +356,11 @@ class Device:
         for copy in misses:
             tokens = copy.wanted[2] if copy.wanted else 0
             choice = rule
-            if rule == "cheaper":
-                fetch_ns = table.copy_ns(copy.size) + table.expert_ns(tokens)
+            if table.unified:
+                choice = "fetch"  # CPU and GPU see the same memory, and the expert is not in it
+            elif rule == "cheaper":  # a read from the drive would come before either
+                part = -(-copy.size // copy.parts)
+                fetch_ns = copy.parts * table.copy_ns(part) + table.expert_ns(tokens)
                 choice = cheaper(fetch_ns, table.host_expert_ns(tokens))
             (hosted if choice == "host" else demands).append(copy)
         if late and misses:
@@ -384,10 +390,16 @@ class Device:
             if self._hosting <= self._deferred and not self._outstanding:
                 self._waken()
 
+        def compute(copy: Copy) -> None:
+            tokens = copy.wanted[2] if copy.wanted else 0
+            self.memory.host.submit(copy.size, self._table.host_expert_ns(tokens), partial(finished, copy))
+
         def begin(_: simpy.Event) -> None:
             for copy in hosted:
-                tokens = copy.wanted[2] if copy.wanted else 0
-                self.memory.host.submit(copy.size, self._table.host_expert_ns(tokens), partial(finished, copy))
+                if self.memory.in_host(copy):
+                    compute(copy)
+                else:
+                    self.memory.read_for_host(copy, partial(compute, copy))
 
         Timeout(self._env, self._table.handoff_ns).callbacks.append(begin)
 

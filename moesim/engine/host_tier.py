@@ -17,15 +17,21 @@ class HostTier:
                     self._held[layer, expert] = expert_bytes[layer]
                     self._used += expert_bytes[layer]
 
-    def touch(self, layer: int, expert: int, nbytes: int) -> bool:
-        """Whether the expert was held; it is from now on (its read is the caller's affair)."""
+    def touch(self, layer: int, expert: int) -> bool:
+        """Whether the expert is held; it counts as used."""
+        key = (layer, expert)
+        if key not in self._held:
+            return False
+        self._held.move_to_end(key)
+        return True
+
+    def insert(self, layer: int, expert: int, nbytes: int) -> None:
+        """Its read has ended."""
         key = (layer, expert)
         if key in self._held:
-            self._held.move_to_end(key)
-            return True
+            return
         while self._held and self._used + nbytes > self._capacity:
             self._used -= self._held.popitem(last=False)[1]
         if nbytes <= self._capacity:
             self._held[key] = nbytes
             self._used += nbytes
-        return False

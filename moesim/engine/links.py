@@ -19,7 +19,8 @@ class Copy:
     """One expert on its way to the device."""
 
     __slots__ = (
-        "demand", "entry", "expert", "expires", "flying", "keep", "key", "layer", "link", "nbytes", "parts", "plan",
+        "demand", "entry", "expert", "expires", "flying", "keep", "key", "layer", "link", "nbytes", "on_read", "parts",
+        "plan",
         "promoted", "read_end", "size", "stage", "wanted",
     )  # fmt: skip
 
@@ -39,6 +40,7 @@ class Copy:
         self.entry: Entry | None = None  # its slot, from the moment the copy into device memory starts
         self.link: Link | None = None
         self.stage = 0  # link of its path it is on
+        self.on_read: Callable[[], None] | None = None  # where the CPU waits for it in host memory
         self.read_end = -1  # when the NVMe read behind it ended
         self.plan = 0.0
         self.wanted: tuple[int, int, int] | None = None  # (tick, next use, tokens) of the step that waits for it

@@ -87,6 +87,9 @@ class Residency:
         low_bits = system.misses.low_bits
         self._bytes = [[table.expert_bytes(layer, None, e) for e in range(self.experts)] for layer in range(layers)]
         self._low_bytes = [table.expert_bytes(layer, low_bits) for layer in range(layers)] if low_bits else []
+        self._looks_ahead = system.eviction.looks_ahead
+        # Pinned experts may fill the cache, so what comes beside them is used once and forgotten.
+        self._keeps_prefetched = system.cache and (system.misses.keep or not system.placement.pinned)
         self._parts = table.matrices if system.transfer.unit == "matrix" else 1
         self._width = 2 * self.experts  # ids from `experts` on are low-precision copies
         self.here: list[dict[int, Entry]] = [{} for _ in range(layers)]  # experts that hold a slot, by layer
@@ -213,6 +216,8 @@ class Residency:
                 victim = pool.victim()
                 if victim is None and copy.demand:
                     victim = self._computed_own(pool) or pool.victim(guarded=True)
+                elif victim is not None and not copy.demand and self._looks_ahead and victim.next_use <= copy.expires:
+                    victim = None  # who knows the future does not trade an expert for one needed no sooner
                 if victim is None:
                     self._blocked = True
                     return False
@@ -249,7 +254,7 @@ class Residency:
     def _computed_own(self, pool: Pool) -> Entry | None:
         """More experts than slots: the one of this layer that was computed first makes room for the next."""
         for entry in self._done:
-            if self._pool(entry.layer, entry.expert) is pool:
+            if self._pool(entry.layer, entry.expert) is pool and not entry.pinned:
                 self._done.remove(entry)
                 return entry
         return None
@@ -273,7 +278,7 @@ class Residency:
             entry.busy = False
             self._pool(layer, entry.expert).offer(entry)
         self._done.clear()
-        if not self._system.cache:
+        if not (self._system.cache and self._system.misses.keep):
             for entry in [e for e in self.here[layer].values() if e.landed and not e.keep]:
                 self._discard(entry)
         self._unblock()
@@ -283,12 +288,25 @@ class Residency:
             self._blocked = False
             self.last.kick()
 
+    def waiting(self) -> str:
+        """What a run that stands still waits for."""
+        held = ", ".join(f"layer {c.layer} expert {c.expert}" for c in list(self.coming.values())[:3])
+        return f"waiting for a slot: {held or 'none'}; give the cache more slots, or change misses.keep"
+
     # -- copies -------------------------------------------------------------------------------------------------
 
     def submit(self, copy: Copy) -> None:
         self.coming[copy.key] = copy
-        absent = self._tier is not None and not self._tier.touch(copy.layer, copy.expert, copy.size)
-        (self.nvme if absent else self.last).submit(copy)
+        (self.last if self.in_host(copy) else self.nvme).submit(copy)
+
+    def in_host(self, copy: Copy) -> bool:
+        """Whether the expert need not be read from the drive before it can cross the link or be computed on the CPU."""
+        return self._tier is None or self._tier.touch(copy.layer, copy.expert)
+
+    def read_for_host(self, copy: Copy, done: Callable[[], None]) -> None:
+        """Bring an expert from the drive into host memory for the CPU to compute."""
+        copy.on_read = done
+        self.nvme.submit(copy)
 
     def copy(self, layer: int, expert: int, demand: bool, expires: int, keep: bool) -> Copy:
         nbytes = self._bytes[layer][expert] if expert < self.experts else self._low_bytes[layer]
@@ -315,6 +333,11 @@ class Residency:
     def _read(self, copy: Copy) -> None:
         """An NVMe read has reached host memory: the copy goes on over PCIe."""
         copy.read_end = self._env.now
+        if self._tier is not None:
+            self._tier.insert(copy.layer, copy.expert, copy.size)
+        if copy.on_read is not None:
+            copy.on_read()
+            return
         copy.nbytes, copy.parts = copy.size, self._parts
         self.h2d.submit(copy)
 
@@ -367,22 +390,26 @@ class Residency:
             if queued == room:
                 break
             queued += 1
-            self.submit(self.copy(target, expert, False, expires, self._system.cache))
+            self.submit(self.copy(target, expert, False, expires, self._keeps_prefetched))
         return queued
 
     def plan(self, values: NDArray[np.float64]) -> None:
         """Keep the experts of highest value [layers, experts]; bring in, layer after layer, those that are absent."""
-        for copy in self._planned:
-            copy.expires = -1  # an older plan's copies that have not started are dropped
+        for copy in self._planned:  # an older plan's copies that have not started lapse, unless named again below
+            if copy.entry is None and not copy.demand:
+                copy.expires = -1
+        older = {copy.key: copy for copy in self._planned if copy.expires < 0}
         self._planned = []
         for pool in dict.fromkeys(self._pools):
             layers = [layer for layer, own in enumerate(self._pools) if own is pool]
             for entry in pool.entries.values():
                 entry.plan = float(values[entry.layer, entry.expert])
             pool.rebuild()
-            self._bring_planned(pool, layers, values)
+            self._bring_planned(pool, layers, values, older)
 
-    def _bring_planned(self, pool: Pool, layers: list[int], values: NDArray[np.float64]) -> None:
+    def _bring_planned(
+        self, pool: Pool, layers: list[int], values: NDArray[np.float64], older: dict[int, Copy]
+    ) -> None:
         """Copies for the absent among as many of the most valuable as the pool holds; the resident win ties."""
         ranked = sorted(
             (-values[layer, expert], expert not in self.here[layer], layer, expert)
@@ -392,8 +419,12 @@ class Residency:
         )
         room = pool.capacity // max(max(self._bytes[layer]) for layer in layers)
         for value, absent, layer, expert in sorted(ranked[:room], key=lambda r: (r[2], r[0], r[3])):
-            if absent and self.key(layer, expert) not in self.coming:
-                copy = self.copy(layer, expert, False, FOREVER, True)
-                copy.plan = -float(value)
-                self._planned.append(copy)
+            key = self.key(layer, expert)
+            renewed = older.get(key) if self.coming.get(key) is older.get(key) else None
+            if not absent or (renewed is None and key in self.coming):
+                continue
+            copy = renewed or self.copy(layer, expert, False, FOREVER, True)
+            copy.plan, copy.expires = -float(value), FOREVER
+            self._planned.append(copy)
+            if renewed is None:
                 self.submit(copy)

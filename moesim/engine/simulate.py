@@ -18,7 +18,7 @@ from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Executor, Link
 from moesim.engine.residency import NEVER, Counts, Slots
 from moesim.engine.serve import Limits, Server
-from moesim.errors import MemoryBudgetError
+from moesim.errors import MemoryBudgetError, PolicyError
 from moesim.policies import FCFS, GreedySLO, split_by_layer
 from moesim.prediction import Beliefs, History
 from moesim.records import Records
@@ -103,7 +103,13 @@ def simulate(
     )
     with _no_garbage_collection():
         done = env.process(server.run())
-        env.run(done)
+        try:
+            env.run(done)
+        except RuntimeError as error:
+            if done.triggered:
+                raise
+            stuck = device.memory.waiting()
+            raise PolicyError(f"{system.name}: nothing can go on at {env.now} ns; {stuck}") from error
     spent = device.counts.spent
     busy = {"gpu": spent["mixer"] + spent["experts"] + spent["step"]}
     links: dict[str, Link | Executor] = {

@@ -31,7 +31,7 @@ class Oracle:
             raise PolicyError(f"oracle recall {self.recall} must lie between 0 and 1")
         if self.precision is not None and not (0 < self.precision <= 1 and self.recall > 0):
             raise PolicyError(f"oracle precision {self.precision} must lie above 0 and up to 1, with a recall above 0")
-        if self.distance < 0:
+        if not isinstance(self.distance, int) or self.distance < 0:
             raise PolicyError(f"oracle distance {self.distance} must be at least 0 layers")
 
     @property

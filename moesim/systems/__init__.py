@@ -121,7 +121,12 @@ def _make(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:
         if key not in parameters:
             hint = nearest(key, parameters) if parameters else "; it takes no arguments"
             raise PolicyError(f"{kind} {name} has no argument '{key}'{hint}")
-    return make(**arguments)
+    try:
+        return make(**arguments)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(
+            f"{kind} '{spec}': an argument is of the wrong kind ({error}); 'moesim systems show'"
+        ) from None
 
 
 def _arguments(spec: str, rest: str) -> dict[str, Any]:

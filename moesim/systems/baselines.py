@@ -53,7 +53,7 @@ def random(scope: str = "layer") -> System:
 
 
 def belady(scope: str = "layer") -> System:
-    """The one needed last leaves: looks ahead, a bound no real system reaches."""
+    """The one needed last leaves: looks ahead, a bound while a step's experts fit the cache."""
     return _cached("Belady", BELADY, scope)
 
 
@@ -74,7 +74,9 @@ def eplb() -> System:
 
 
 def oracle(distance: int = 1) -> System:
-    """Belady's eviction, and every expert asked for `distance` layers before it is needed: the bound with prefetch."""
+    """Belady's eviction, and every expert asked for `distance` layers before it is needed.
+
+    A bound with prefetch, as long as a step's experts fit the cache."""
     return System("oracle", eviction=BELADY, predictor=Oracle(distance=distance))
 
 

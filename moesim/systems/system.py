@@ -47,11 +47,13 @@ class System:
     notes: tuple[str, ...] = ()  # what a reader of the result must know
 
     def __post_init__(self) -> None:
+        if self.placement.pinned and self.refresh is not None:
+            raise PolicyError("pinned experts cannot be planned anew; set placement.pinned to false or refresh=LRU")
         if self.placement.pinned and self.placement.start == "empty":
             raise PolicyError("placement.pinned needs experts to pin; set placement.start to hot or all")
         if self.placement.pinned and self.misses.keep and not (self.all_resident or self.misses.changes_outputs):
             raise PolicyError("pinned experts leave no slot for others to keep; set misses.keep to false")
-        if self.misses.rule == "fetch" and not self.cache and self.misses.keep:
+        if not self.cache and not self.all_resident and self.misses.keep and self.misses.rule != "host":
             raise PolicyError("a system without a cache cannot keep what it fetches; set misses.keep to false")
         if self.transfer.write_back and not self.misses.keep:
             raise PolicyError("transfer.write_back needs a cache that evicts; misses.keep is false")
@@ -97,7 +99,10 @@ def change_field(system: System, path: str, text: str) -> System:
     if name not in inner:
         raise PolicyError(f"--set {setting}: {part} has no '{name}'{nearest(name, inner)}")
     value = parse_value(getattr(choice, name), text, setting)
-    return replace(system, **{part: replace(choice, **{name: value})})
+    try:
+        return replace(system, **{part: replace(choice, **{name: value})})
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"--set {setting}: '{text}' is of the wrong kind ({error})") from None
 
 
 def parse_value(old: Any, text: str, setting: str) -> Any:
