@@ -378,6 +378,8 @@ class Residency:
         """
         here, base, room = self.here[target], self.key(target, 0), self._system.prefetch.per_layer
         queued = 0
+        if not self._low_pools:  # a predictor of low-precision copies beside a miss rule that keeps none
+            believed = [expert % self.experts if expert >= 0 else expert for expert in believed]
         for expert in dict.fromkeys(believed):
             entry = here.get(expert) or (here.get(expert - self.experts) if expert >= self.experts else None)
             if entry is not None and self._system.prefetch.pin:
