@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class MoesimError(Exception):
-    """What went wrong, by value, rule and remedy, in one line."""
+    """What went wrong, by value, rule and remedy, in one line whatever an untrusted file put into the value."""
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
 
 
 class TraceError(MoesimError):

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moesim.errors import ModelError
@@ -321,6 +321,7 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
+@example(changes=[(8667, b"\n")])
 def test_damaged_files_give_a_model_or_a_model_error(tmp_path: Path, changes: list[tuple[int, bytes]]) -> None:
     data = bytearray(w.header(*w.mixtral(layers=1)))
     for at, new in changes:
