@@ -198,12 +198,16 @@ def systems_list(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the systems, with what each does and where it is published."""
     if context.invoked_subcommand:
         return
+    from dataclasses import asdict
+
     from moesim.systems import SYSTEMS
 
     rows = []
     for name, make in SYSTEMS.items():
         system = make()
-        rows.append({"name": name, "what": (make.__doc__ or "").split("\n")[0], "source": system.source})
+        what = (make.__doc__ or "").split("\n")[0]
+        quality = system.quality and asdict(system.quality)
+        rows.append({"name": name, "what": what, "source": system.source, "published_quality": quality})
     width = max(len(name) for name in SYSTEMS)
     text = "\n".join(f"{r['name']:{width}}  {r['what']}" for r in rows)
     _print({"systems": rows}, text, as_json)
@@ -212,12 +216,15 @@ def systems_list(context: typer.Context, as_json: JsonOption = False) -> None:
 @systems.command("show")
 def systems_show(name: str, as_json: JsonOption = False) -> None:
     """Print a system's composition, part by part."""
+    from dataclasses import asdict
+
     import yaml
 
     from moesim.systems import load_system
 
     system = load_system(name)
-    body = {"source": system.source, **system.parts(), "notes": list(system.notes)}
+    quality = system.quality and asdict(system.quality)
+    body = {"source": system.source, **system.parts(), "published_quality": quality, "notes": list(system.notes)}
     _print(body, yaml.safe_dump(body, sort_keys=False, allow_unicode=True), as_json)
 
 

@@ -44,7 +44,16 @@ def compare(trace: Trace, policies: list[str], question: Question) -> dict[str, 
 def _outline(run: Run) -> dict[str, Any]:
     s = run.summary
     return {
-        key: s.get(key) for key in ("status", "status_reason", "metrics", "routing_fidelity", "bottleneck", "notes")
+        key: s.get(key)
+        for key in (
+            "status",
+            "status_reason",
+            "metrics",
+            "routing_fidelity",
+            "published_quality",
+            "bottleneck",
+            "notes",
+        )
     }
 
 
@@ -95,7 +104,7 @@ def format_comparison(result: dict[str, Any]) -> str:
         tpot = "-" if m["mean_tpot_ms"] is None else f"{m['mean_tpot_ms']:.4g}"
         lines.append(
             f"{name:24} {row['status']:12} {m['output_throughput']:9.4g} {tpot:>9} {m['mean_ttft_ms']:9.4g} "
-            f"{m['hit_rate']:7.1%} {row['routing_fidelity']['exact']:7.1%}"
+            f"{m['hit_rate']:7.1%} {row['routing_fidelity']['overall']['exact']:7.1%}"
         )
     for name, row in (result["anchors"] or {}).items():
         if "output_throughput" in row:

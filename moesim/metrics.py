@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from moesim.engine.residency import Counts
 from moesim.records import Records
-from moesim.transforms.transform import KINDS, Shares, chain, overall
+from moesim.trace import Trace
+from moesim.transforms.transform import KINDS, Shares, chain, nothing
+from moesim.workload import Workload
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -81,21 +83,49 @@ def cache_metrics(counts: Counts, h2d_bytes: int, d2h_bytes: int, nvme_bytes: in
     }
 
 
-def routing_fidelity(counts: Counts, altered: Shares | None = None) -> dict[str, Any]:
-    """Shares of routed weight: served as routed, at lower precision, by another expert, or not. Not quality.
+SERVING = ("lower_precision", "rerouted", "skipped")  # what the rows of Counts.altered are
 
-    altered: what was done to model and trace before serving; then also the share that passes through merged experts,
-    and `before_serving`: the altered shares of every MoE layer over the whole trace.
+
+def routing_fidelity(
+    given: Trace, served: Trace, workload: Workload, counts: Counts, altered: Shares | None = None
+) -> dict[str, Any]:
+    """Shares of routed weight served exactly as chosen, at lower precision, rerouted, merged or skipped. Not quality.
+
+    given: the trace as it comes; served: as the system's transforms left it; altered: their shares, None without any.
+    Returns `overall`, `by_layer` (in the order of the trace's MoE layers) and `by_task` (where requests have labels);
+    each layer and task weighs as much as the gate weight its tokens gave to experts.
     """
-    total = counts.routed or 1.0
-    out = {"lower_precision": counts.lowered / total, "rerouted": counts.rerouted / total}
-    out |= {"skipped": counts.skipped / total}
-    if altered is None:
-        return {"exact": 1 - sum(out.values())} | out
-    served = {kind: np.array([out.get(kind, 0.0)]) for kind in KINDS}
-    out = overall(chain({kind: np.array([share]) for kind, share in overall(altered).items()}, served))
-    by_layer = {kind: shares.tolist() for kind, shares in altered.items()}
-    return {"exact": 1 - sum(out.values())} | out | {"before_serving": by_layer}
+    shares = nothing(given) if altered is None else altered
+    weight = np.ones((given.layers, len(given.tasks)))
+    if altered is not None or counts.altered.any():
+        rows = np.concatenate([np.r_[r.prefill, r.decode] for r in workload.requests]).astype(np.int64)
+        weight, total = _routed(given, rows), _routed(served, rows)
+        then = dict(zip(SERVING, counts.altered / np.maximum(total, 1), strict=True))
+        shares = chain(shares, nothing(given) | then)
+    tasks = sorted({r.task for r in workload.requests if r.task})
+    number = {task: i for i, task in enumerate(given.tasks)}
+    return {
+        "overall": {kind: float(share) for kind, share in _averaged(shares, weight, (0, 1)).items()},
+        "by_layer": {kind: share.tolist() for kind, share in _averaged(shares, weight, 1).items()},
+        "by_task": {
+            task: {kind: float(share[number[task]]) for kind, share in _averaged(shares, weight, 0).items()}
+            for task in tasks
+        },
+    }
+
+
+def _routed(trace: Trace, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Routed weight of `rows` in parts of 1 / WEIGHT_ONE: [layers, tasks]."""
+    tasks = trace.task_of_row[rows]
+    weights = (trace.routed_weight(layer, rows).sum(axis=1) for layer in range(trace.layers))
+    return np.stack([np.bincount(tasks, own, minlength=len(trace.tasks)) for own in weights])
+
+
+def _averaged(shares: Shares, weight: NDArray[np.float64], axis: int | tuple[int, int]) -> Shares:
+    """Shares over layers (axis 0), tasks (1) or both, with the rest as `exact`; all of it where nothing is routed."""
+    total = weight.sum(axis=axis)
+    means = {kind: (shares[kind] * weight).sum(axis=axis) / np.where(total > 0, total, 1.0) for kind in KINDS}
+    return {"exact": 1 - sum(means.values())} | means
 
 
 CAUSES = {

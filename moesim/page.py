@@ -53,17 +53,28 @@ def _expert_lines(s: dict[str, Any]) -> list[str]:
         f"{m['nvme_bytes'] / GIB:.3g} from NVMe",
         f"stall         {m['stall_ms_per_token']:.4g} ms per token",
     ]
-    fidelity = s["routing_fidelity"]
-    if fidelity["exact"] < 1:
-        lines.append(
-            f"routing       {fidelity['exact']:.1%} of the routed weight as chosen, "
-            f"{fidelity['rerouted']:.1%} rerouted, {fidelity['skipped']:.1%} skipped"
-            + "".join(
-                f", {fidelity[kind]:.1%} {kind.replace('_', ' ')}"
-                for kind in ("lower_precision", "merged")
-                if fidelity.get(kind)
-            )
-        )
+    return lines + _fidelity_lines(s["routing_fidelity"], s["published_quality"])
+
+
+FIDELITY = ("exact", "lower_precision", "rerouted", "merged", "skipped")
+TASKS_SHOWN = 12
+
+
+def _fidelity_lines(fidelity: dict[str, Any], published: dict[str, str] | None) -> list[str]:
+    """What became of the routed weight, over all and by task, and what the authors say that does to quality."""
+    lines = []
+    if fidelity["overall"]["exact"] < 1:
+        rows = {"all": fidelity["overall"], **dict(list(fidelity["by_task"].items())[:TASKS_SHOWN])}
+        kinds = [kind for kind in FIDELITY if kind == "exact" or any(row[kind] for row in rows.values())]
+        width = max(len(name) for name in rows)
+        titles = "".join(f"{kind.replace('_', ' '):>17}" for kind in kinds)
+        lines.append(f"routed weight {'':{width}}{titles}")
+        for name, row in rows.items():
+            lines.append(f"  {name:{width + 12}}" + "".join(f"{row[kind]:17.1%}" for kind in kinds))
+        if more := len(fidelity["by_task"]) - TASKS_SHOWN:
+            lines += [f"  and {more} tasks more, see --json"] if more > 0 else []
+    if published:
+        lines.append(f"quality       not predicted; published: {published['reported']} ({published['source']})")
     return lines
 
 

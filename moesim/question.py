@@ -122,11 +122,11 @@ class Scene:
         return scene
 
     def altered(self, system: System) -> Shares | None:
-        """Shares of routed weight that the system alters before serving, by layer; None where it alters none."""
+        """Shares of routed weight that the system alters before serving; None where it alters none."""
         shares = self.transformed.altered if self.transformed else None
         if system.expert_bits is None or system.expert_bits >= self.model.expert_bits:
             return shares
-        none = nothing(self.trace.layers)
+        none = nothing(self.trace)
         return chain(shares or none, none | {"lower_precision": none["skipped"] + 1})
 
     def ledger(self, system: System) -> Ledger:
@@ -256,6 +256,7 @@ def _simulate(
 
 def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anchors: bool) -> dict[str, Any]:
     numbers = _numbers(outcome)
+    altered = scene.altered(system)
     status, reason = _status(scene, system, ledger, outcome, numbers)
     extrapolated, _ = _beyond(scene)
     if extrapolated:
@@ -265,7 +266,10 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anc
         "status_reason": reason,
         "inputs": _inputs(scene, system),
         "metrics": numbers,
-        "routing_fidelity": metrics.routing_fidelity(outcome.counts, scene.altered(system)),
+        "routing_fidelity": metrics.routing_fidelity(
+            scene.given[1], scene.trace, scene.workload, outcome.counts, altered
+        ),
+        "published_quality": system.quality and asdict(system.quality),
         "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }

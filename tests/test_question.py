@@ -77,14 +77,20 @@ def test_reroute_reports_which_share_was_served_as_chosen(ask):
     weighted = small_trace(weights=True)
     s = ask("eMoE(period=2)", trace=weighted, slots_per_layer=2).summary
     fidelity = s["routing_fidelity"]
-    assert 0 < fidelity["exact"] < 1 and sum(fidelity.values()) == pytest.approx(1)
+    rows = [fidelity["overall"], *fidelity["by_task"].values()]
+    rows += [
+        dict(zip(fidelity["by_layer"], row, strict=True)) for row in zip(*fidelity["by_layer"].values(), strict=True)
+    ]
+    assert len(rows) == 1 + 2 + 3 and list(fidelity["by_task"]) == ["a", "b"]
+    assert all(0 < row["exact"] < 1 and sum(row.values()) == pytest.approx(1) for row in rows)
+    assert "reported" in s["published_quality"]
     assert any("quality is not modelled" in note for note in s["notes"])
-    assert ask("LRU").summary["routing_fidelity"] == {
-        "exact": 1.0,
-        "lower_precision": 0.0,
-        "rerouted": 0.0,
-        "skipped": 0.0,
-    }
+    changed = ask("eMoE(period=2)", settings=["misses=Fiddler"]).summary
+    assert changed["published_quality"] is None, "what was published is of another system"
+    plain = ask("LRU").summary
+    assert plain["published_quality"] is None and plain["routing_fidelity"]["by_layer"]["exact"] == [1, 1, 1]
+    exact = {"exact": 1, "lower_precision": 0, "rerouted": 0, "merged": 0, "skipped": 0}
+    assert plain["routing_fidelity"]["overall"] == plain["routing_fidelity"]["by_task"]["b"] == exact
 
 
 def test_emoe_calls_its_predictor_every_period(ask, monkeypatch):

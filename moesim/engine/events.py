@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from moesim.engine.cache import Entry
 from moesim.engine.clock import Clock
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Copy
-from moesim.engine.residency import COMPUTE, FOREVER, HOST, NEVER, Residency, Slots
+from moesim.engine.residency import COMPUTE, FOREVER, HOST, LOWERED, NEVER, REROUTED, SKIPPED, Residency, Slots
 from moesim.policies import LOW, SKIP, cheaper, precision_levels, reroute
 from moesim.prediction import Beliefs
 from moesim.records import Records
@@ -90,6 +90,8 @@ class Device:
             env, table, system, slots, knowledge.popularity, records, host_tier, seed, self._arrival
         )
         self.counts = self.memory.counts
+        if system.misses.changes_outputs:
+            self.counts.altered = np.zeros((3, trace.layers, len(trace.tasks)), dtype=np.int64)
 
     def _arrival(self, entry: Entry) -> None:
         self._outstanding -= 1
@@ -111,8 +113,6 @@ class Device:
             (b, self._by_layer(b.experts, rows), self._by_layer(b.experts, batch.next_rows) if b.wraps else [])
             for b in self._knowledge.beliefs
         ]
-        if self._system.misses.changes_outputs:
-            self.counts.routed += self._routed_weight(rows)
         start = env.now
         step_ns = self._table.step_ns(len(rows), len(batch.prefill) + len(batch.contexts))
         if step_ns:
@@ -406,19 +406,17 @@ class Device:
     def _substitute(self, layer: int, rows: NDArray[np.int64], chosen: list[int]) -> list[Entry]:
         """Reroute or skip absent experts, token by token, and keep account of the routed weight that moved."""
         here = {e.expert: e for e in self.memory.here[layer].values() if e.landed}
-        counts, k = self.counts, self._trace.top_k
+        altered, k = self.counts.altered, self._trace.top_k
         tokens: Counter[int] = Counter()
-        for i, row in enumerate(rows.tolist()):
+        for i, (row, task, weights) in enumerate(self._weighted(layer, rows)):
             picks = chosen[i * k : (i + 1) * k]
             if self._system.misses.rule == "reroute":
                 new = reroute(picks, here, self._preference(layer, row))
             else:
                 new = [e if e in here else -1 for e in picks]
-            for old, now, weight in zip(picks, new, self._weights(layer, row, k), strict=True):
-                if now < 0 <= old:
-                    counts.skipped += weight
-                elif now != old:
-                    counts.rerouted += weight
+            for old, now, weight in zip(picks, new, weights, strict=True):
+                if now != old:
+                    altered[SKIPPED if now < 0 else REROUTED, layer, task] += weight
             tokens.update(e for e in new if e >= 0)
         for expert, count in tokens.items():
             self.memory.tick += 0 if here[expert].busy else 1
@@ -434,26 +432,31 @@ class Device:
 
         An expert several tokens want is brought in once, at the highest level any of them asks for.
         """
-        here, counts, width = self.memory.here[layer], self.counts, self.memory.experts
+        here, width = self.memory.here[layer], self.memory.experts
         k, thresholds = self._trace.top_k, self._system.misses.thresholds
-        needs: dict[int, tuple[int, int, float]] = {}  # expert: level, tokens, weight
-        for i, row in enumerate(rows.tolist()):
-            weights = self._weights(layer, row, k)
+        needs: dict[int, tuple[int, int]] = {}  # expert: level, tokens
+        pairs: list[tuple[int, int, int]] = []  # expert, task, weight
+        for i, (_, task, weights) in enumerate(self._weighted(layer, rows)):
             levels = precision_levels(weights, thresholds)
             for expert, level, weight in zip(chosen[i * k : (i + 1) * k], levels, weights, strict=True):
                 if expert >= 0:
-                    old = needs.get(expert, (SKIP, 0, 0.0))
-                    needs[expert] = (max(old[0], level), old[1] + 1, old[2] + weight)
+                    old = needs.get(expert, (SKIP, 0))
+                    needs[expert] = (max(old[0], level), old[1] + 1)
+                    pairs.append((expert, task, weight))
         wanted: dict[int, int] = {}
-        for expert, (level, tokens, weight) in needs.items():
+        fate: dict[int, int] = {}
+        for expert, (level, tokens) in needs.items():
             entry, low = here.get(expert), here.get(expert + width)
             if (entry is not None and entry.landed) or level > LOW:
                 wanted[expert] = tokens
             elif level == LOW or (low is not None and low.landed):
                 wanted[expert + width] = tokens
-                counts.lowered += weight
+                fate[expert] = LOWERED
             else:
-                counts.skipped += weight
+                fate[expert] = SKIPPED
+        for expert, task, weight in pairs if fate else ():
+            if expert in fate:
+                self.counts.altered[fate[expert], layer, task] += weight
         return wanted
 
     def _preference(self, layer: int, row: int) -> list[int]:
@@ -462,13 +465,10 @@ class Device:
         scores = self._knowledge.popularity[layer] if probabilities is None else probabilities[row, layer]
         return np.argsort(-scores, kind="stable").tolist()
 
-    def _routed_weight(self, rows: NDArray[np.int64]) -> float:
-        weights = self._trace.weights
-        return float(len(rows) * self._layers if weights is None else weights[rows].astype(float).sum())
-
-    def _weights(self, layer: int, row: int, k: int) -> list[float]:
-        weights = self._trace.weights
-        return [1.0 / k] * k if weights is None else weights[row, layer].astype(float).tolist()
+    def _weighted(self, layer: int, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, list[int]]]:
+        """(row, its task, gate weights by rank in whole parts) of each token."""
+        tasks, weights = self._trace.task_of_row[rows], self._trace.routed_weight(layer, rows)
+        return zip(rows.tolist(), tasks.tolist(), weights.tolist(), strict=True)
 
 
 def _touch(entry: Entry, tick: int, next_use: int, tokens: int, step: int, high: bool) -> None:

@@ -19,6 +19,7 @@ from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Copy, Executor, Link
 from moesim.records import KINDS, LINKS, Records
 from moesim.systems.system import System
+from moesim.trace import WEIGHT_ONE
 
 if TYPE_CHECKING:
     from moesim.costs.table import CostTable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NEVER = (1 << 31) - 1
 FOREVER = 1 << 60
 H2D, D2H, NVME, HOST = range(len(LINKS))
+LOWERED, REROUTED, SKIPPED = range(3)
 DEMAND, PREFETCH, LATE, PLANNED, WRITE_BACK, COMPUTE = range(len(KINDS))
 
 
@@ -47,7 +49,11 @@ class Slots:
 
 @dataclass
 class Counts:
-    """Totals over a run. Lookups are unique experts per layer and step; bytes are bytes moved."""
+    """Totals over a run. Lookups are unique experts per layer and step; bytes are bytes moved.
+
+    altered: routed weight not served as chosen, in parts of 1 / WEIGHT_ONE: [LOWERED | REROUTED | SKIPPED, layers,
+        tasks of the trace]. Whole numbers, so two engines agree in whatever order they add.
+    """
 
     lookups: int = 0
     hits: int = 0
@@ -59,11 +65,16 @@ class Counts:
     prefetched_bytes: int = 0
     prefetch_used_bytes: int = 0
     dropped: int = 0
-    routed: float = 0.0  # weight of all routed (token, expert) pairs
-    rerouted: float = 0.0
-    skipped: float = 0.0
-    lowered: float = 0.0  # computed at low precision
+    altered: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 1, 1), dtype=np.int64))
     spent: Counter[str] = field(default_factory=Counter)  # ns on the critical path, by what it was spent on
+
+    def weight(self, kind: int) -> float:
+        """Routed weight LOWERED (computed at low precision), REROUTED or SKIPPED over all layers and tasks."""
+        return int(self.altered[kind].sum()) / WEIGHT_ONE
+
+    def __eq__(self, other: object) -> bool:  # noqa: PLW1641  (the dataclass decorator makes it unhashable)
+        plain = [vars(c) | {"altered": c.altered.tolist()} for c in (self, other) if isinstance(c, Counts)]
+        return len(plain) == 2 and plain[0] == plain[1]
 
 
 class Residency:

@@ -94,6 +94,14 @@ def load_system(spec: str) -> System:
 def with_setting(system: System, setting: str) -> System:
     """A composition with one choice changed: `eviction.scope=global` a field, `misses=Fiddler` a part of another
     system, `predictor=oracle(recall=0.8)` and `scheduling=greedy-slo` by name."""
+    changed = _changed(system, setting)
+    same_outputs = all(
+        getattr(changed, part) == getattr(system, part) for part in ("misses", "transforms", "expert_bits")
+    )
+    return changed if same_outputs else replace(changed, quality=None)  # what was published is of another system
+
+
+def _changed(system: System, setting: str) -> System:
     part, equals, value = setting.partition("=")
     if not equals or not value:
         raise PolicyError(f"--set {setting}: write part.field=value or part=SYSTEM, such as eviction.scope=global")

@@ -6,7 +6,7 @@ from math import sqrt
 
 from moesim.policies import ExpectedLoads, Prefetch, Transfer
 from moesim.prediction import StackedGates
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 from moesim.transforms import SensitivityGating
 
 # By layer of Mixtral-8x7B, from src/dp.py of the released code, to three digits: share of tokens both of whose experts
@@ -39,5 +39,10 @@ def adapmoe(
         transfer=Transfer("matrix"),
         transforms=(SensitivityGating(),) if gating else (),
         source="released code (PKU-SEC-Lab/AdapMoE) of arXiv 2408.10284; the paper's text was not at hand",
+        quality=Quality(
+            "MMLU 67.68 (without gating: 67.77) at T = 0.005, Mixtral-8x7B", "PKU-SEC-Lab/AdapMoE benchmarks"
+        )
+        if gating
+        else None,
         notes=("a wrong prefetch takes a slot of the cache; AdapMoE has a buffer of its own for it",),
     )

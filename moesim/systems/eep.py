@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesim.policies import Placement
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 from moesim.transforms import Merge, Prune, Transform
 
 # (experts left, merged): mean of ten tasks, Mixtral-8x7B-Instruct, two experts per token; 62.4 with all 8.
@@ -27,16 +27,19 @@ def eep(
     notes: tuple[str, ...] = (
         () if keep else ("who survives is searched for accuracy in the paper; here it goes by use",)
     )
+    quality = None
     if top_k in (None, 2) and (experts, merge) in QUALITY:
-        notes += (
-            f"the authors report {QUALITY[experts, merge]} (all experts: 62.4), mean of 10 tasks, each fitted, "
-            f"Mixtral-8x7B-Instruct, {experts} of 8 experts",
+        reported = (
+            f"{QUALITY[experts, merge]} (all experts: 62.4), mean of 10 tasks, each fitted, Mixtral-8x7B-Instruct, "
+            f"{experts} of 8 experts, survivors found by search"
         )
+        quality = Quality(reported, "arXiv 2407.00945")
     return System(
         "EEP",
         all_resident=True,
         placement=Placement("all", pinned=True),
         transforms=(transform,),
         source="arXiv 2407.00945",
+        quality=quality,
         notes=notes,
     )

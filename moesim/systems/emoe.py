@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from moesim.errors import PolicyError
 from moesim.policies import PLAN, GreedySLO, Misses, Placement, Refresh
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 
 
 def emoe(
@@ -38,5 +38,10 @@ def emoe(
         refresh=refresh,
         scheduling=GreedySLO(),
         source="arXiv 2503.06823",
+        quality=Quality(
+            "98.2 to 98.8 % of the full model's accuracy with 60 % of the experts resident, 99.6 to 99.7 % with 80 % "
+            "(OpenMoE, Mixtral-8x7B)",
+            "arXiv 2503.06823, section 5.4",
+        ),
         notes=("a trace of the last prompt stands in for the paper's predictor network, which is not published",),
     )

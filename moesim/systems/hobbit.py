@@ -5,7 +5,7 @@ from __future__ import annotations
 from moesim.errors import PolicyError
 from moesim.policies import Eviction, Misses, Prefetch
 from moesim.prediction import NoPrediction, StackedGates
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 
 # Bits per weight with the scales of groups of 32 or 64: (as the experts come, or changed to; low-precision copies).
 PAIRS = {"fp16+int4": (None, 4.5), "int8+int2": (8.5, 2.5)}
@@ -48,5 +48,11 @@ def hobbit(
         prefetch=Prefetch(first_missing=True, pin=True),
         expert_bits=expert_bits,
         source="arXiv 2411.01433",
+        quality=Quality(
+            "GSM8K 0.51 (full precision: 0.52) for Mixtral-8x7B, 0.82 (0.83) for Phi-MoE; TruthfulQA within 1 point",
+            "arXiv 2411.01433",
+        )
+        if plain
+        else None,
         notes=("HOBBIT's eviction weights and its split of the memory are not published: both are parameters",),
     )

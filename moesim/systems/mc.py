@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesim.errors import PolicyError
 from moesim.policies import Placement
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 from moesim.transforms import DynamicPruning, MixedBits, Transform
 
 # Bits as reported, scales included, and before scales: 12 to 20 bits per 8 experts (README of the released code).
@@ -27,12 +27,12 @@ def mc(bits: float = 2.54, odp: bool = False, protected: float = 0.02, layers: f
     if odp:
         transforms += (DynamicPruning(protected, layers),)
     known = (QUALITY_WITH_ODP if odp else QUALITY).get(bits)
-    reported = f"the authors report {known} (16 bits: 71.29), mean of 8 tasks, Mixtral-8x7B"
+    reported = f"{known} (16 bits: 71.29), mean of 8 tasks, Mixtral-8x7B at {bits} bits"
     return System(
         "MC+ODP" if odp else "MC",
         all_resident=True,
         placement=Placement("all", pinned=True),
         transforms=transforms,
         source="arXiv 2410.06270 and its released code",
-        notes=(reported,) if known else (),
+        quality=Quality(reported, "arXiv 2410.06270") if known else None,
     )

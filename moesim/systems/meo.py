@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moesim.policies import Placement
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 from moesim.transforms import SequenceGate
 
 
@@ -18,5 +18,7 @@ def meo(k: int = 4, level: str = "sequence", sequences: int = 8) -> System:
         placement=Placement("all", pinned=True),
         transforms=(SequenceGate(k, level, sequences),),
         source="arXiv 2310.09832 and its released code",
-        notes=("the authors report GLUE 83.3 (plain MoE: 82.6) for models trained this way, with a token-level block",),
+        quality=Quality(
+            "GLUE 83.3 (plain MoE: 82.6) for models trained this way, with a token-level block", "arXiv 2310.09832"
+        ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moesim.errors import PolicyError
 from moesim.policies import Placement
-from moesim.systems.system import System
+from moesim.systems.system import Quality, System
 from moesim.transforms import Prune
 
 
@@ -22,8 +22,8 @@ def seer(experts: int = 6, by: str = "soft", top_k: int | None = None) -> System
         placement=Placement("all", pinned=True),
         transforms=(Prune(experts, top_k, by),),
         source="arXiv 2404.05089 (abstract; scores as EEP, arXiv 2407.00945, describes them)",
-        notes=(
-            "fine-tuning of the paper's second stage is not part of the routing here",
-            "MMLU 56.7 with 25 % of the experts removed (67.9 with all), as quoted by STUN for Mixtral-8x7B",
+        quality=Quality(
+            "MMLU 56.7 with 25 % of the experts removed (67.9 with all), Mixtral-8x7B", "as quoted by STUN"
         ),
+        notes=("fine-tuning of the paper's second stage is not part of the routing here",),
     )

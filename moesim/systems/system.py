@@ -25,6 +25,14 @@ from moesim.transforms import Transform
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What a system's authors measured of its outputs, as reported; moesim predicts none. source: where it is said."""
+
+    reported: str
+    source: str
+
+
+@dataclass(frozen=True)
 class System:
     """`cache=False`: nothing stays after its layer. `all_resident`: every expert lives on the device."""
 
@@ -44,6 +52,7 @@ class System:
     transforms: tuple[Transform, ...] = ()  # applied to model and trace, in order, before anything else sees them
     kernel: str = "grouped"  # what computes experts on the device
     source: str = ""
+    quality: Quality | None = None  # where outputs change: the accuracy its authors published
     notes: tuple[str, ...] = ()  # what a reader of the result must know
 
     def __post_init__(self) -> None:
@@ -70,7 +79,9 @@ class System:
 
     def parts(self) -> dict[str, Any]:
         """The composition, part by part, as plain values for results and `systems show`."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("notes", "source")}
+        return {
+            f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("notes", "source", "quality")
+        }
 
 
 def plain(value: Any) -> Any:
@@ -87,7 +98,7 @@ def change_field(system: System, path: str, text: str) -> System:
     """`path` is a field of the composition (`expert_bits`) or of one of its parts (`eviction.scope`)."""
     setting = f"{path}={text}"
     part, _, name = path.partition(".")
-    known = [f.name for f in fields(system) if f.name not in ("name", "source", "notes")]
+    known = [f.name for f in fields(system) if f.name not in ("name", "source", "quality", "notes")]
     if part not in known:
         raise PolicyError(f"--set {setting}: a system has no '{part}'{nearest(part, known)}")
     choice = getattr(system, part)

@@ -1,5 +1,5 @@
 """Routing traces: read, check, describe, import, draw."""
 
-from moesim.trace.trace import DECODE, PHASES, PREFILL, Requests, Trace, TraceInfo
+from moesim.trace.trace import DECODE, PHASES, PREFILL, WEIGHT_ONE, Requests, Trace, TraceInfo
 
-__all__ = ["DECODE", "PHASES", "PREFILL", "Requests", "Trace", "TraceInfo"]
+__all__ = ["DECODE", "PHASES", "PREFILL", "WEIGHT_ONE", "Requests", "Trace", "TraceInfo"]

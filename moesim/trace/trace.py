@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 PREFILL, DECODE = 0, 1
 PHASES = ("prefill", "decode")
+WEIGHT_ONE = 1 << 24  # gate weight 1 as an integer: every float16 weight is a whole number of these parts
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,29 @@ class Trace:
         """First decode row of each request (its end where it has none): [requests]."""
         prefill = np.bincount(self.request[self.phase == PREFILL], minlength=len(self.requests))
         return self.first_row[:-1] + prefill
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The task labels of its requests, sorted; ("",) where it has none."""
+        return tuple(sorted(set(self.requests.task)))
+
+    @cached_property
+    def task_of_row(self) -> NDArray[np.int32]:
+        """Index into `tasks` of each token's request: [tokens]."""
+        number = {task: i for i, task in enumerate(self.tasks)}
+        return np.array([number[task] for task in self.requests.task], dtype=np.int32)[self.request]
+
+    def routed_weight(self, layer: int, rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
+        """Gate weight of each chosen expert in parts of 1 / WEIGHT_ONE, so that sums do not depend on their order.
+
+        Equal shares of one where the trace has no weights; 0 at unused ranks: [rows, k].
+        """
+        used = self.experts[rows, layer] >= 0
+        if self.weights is None:
+            share = WEIGHT_ONE / np.maximum(used.sum(axis=1, keepdims=True), 1)
+        else:
+            share = self.weights[rows, layer].astype(np.float64) * WEIGHT_ONE
+        return np.where(used, np.rint(share), 0).astype(np.int64)
 
     def popularity(self, rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
         """How often each expert was chosen: [layers, experts]."""

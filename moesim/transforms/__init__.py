@@ -8,9 +8,9 @@ from moesim.transforms.prune import Prune
 from moesim.transforms.router import ReplacedRouter
 from moesim.transforms.sequence_gate import SequenceGate
 from moesim.transforms.task_experts import TaskExperts
-from moesim.transforms.transform import Transform, Transformed, apply_all, calibration_rows, overall
+from moesim.transforms.transform import Transform, Transformed, apply_all, calibration_rows
 
 __all__ = [
     "DynamicPruning", "Merge", "MixedBits", "Prune", "ReplacedRouter", "SensitivityGating", "SequenceGate",
-    "TaskExperts", "Transform", "Transformed", "apply_all", "calibration_rows", "overall",
+    "TaskExperts", "Transform", "Transformed", "apply_all", "calibration_rows",
 ]  # fmt: skip

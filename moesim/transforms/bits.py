@@ -49,7 +49,8 @@ class MixedBits:
         mean = float(np.mean(chosen))
         sizes = tuple(tuple(size[int(bits)] for bits in row) for row in chosen)
         served = replace(model, expert_bits=self._stored(mean), expert_sizes=sizes)
-        altered = nothing(trace.layers) | {"lower_precision": np.ones(trace.layers)}
+        none = nothing(trace)
+        altered = none | {"lower_precision": none["skipped"] + 1}
         return Transformed(served, trace, altered, self._notes(trace, mean))
 
     def _stored(self, bits: float) -> float:

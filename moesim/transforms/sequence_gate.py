@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from moesim.architecture import Model
 from moesim.errors import PolicyError
 from moesim.trace import PREFILL, Trace
-from moesim.transforms.transform import Transformed, calibration_rows, gate_weights, mean_weight, nothing
+from moesim.transforms.transform import Transformed, calibration_rows, gate_weights, mean_weight, nothing, share_by_task
 
 LEVELS = ("sequence", "task")
 
@@ -68,8 +68,8 @@ class SequenceGate:
                 [slice(int(a), int(max(b, a + 1)))] for a, b in zip(trace.first_row, trace.decode_start, strict=False)
             ]
         else:
-            names = sorted(set(trace.requests.task))
-            if names == [""]:
+            names = trace.tasks
+            if names == ("",):
                 raise PolicyError("MEO per task needs task labels, which the trace lacks; use level='sequence'")
             groups = np.array([names.index(task) for task in trace.requests.task])
             calibrated = groups[: max(1, len(groups) // 10)]
@@ -92,11 +92,10 @@ class SequenceGate:
     @staticmethod
     def _altered(trace: Trace, chosen: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """Merged: weight of experts in their request's mixture, `chosen` [requests, layers, k]; rerouted: the rest."""
-        out = nothing(trace.layers)
+        out = nothing(trace)
         for layer in range(trace.layers):
             inside = (trace.experts[:, layer, :, None] == chosen[trace.request, layer][:, None, :]).any(axis=2)
-            weights = gate_weights(trace, layer)
-            out["merged"][layer] = weights[inside].sum() / max(weights.sum(), 1e-12)
+            out["merged"][layer] = share_by_task(trace, gate_weights(trace, layer), inside)
         return out | {"rerouted": 1 - out["merged"]}
 
     def _notes(self, trace: Trace, model: Model, buffers: int) -> tuple[str, ...]:

@@ -29,8 +29,7 @@ class TaskExperts:
             raise PolicyError(f"TSEP alpha {self.alpha} must lie between 0 and 1")
 
     def apply(self, model: Model, trace: Trace, seed: int) -> Transformed:
-        tasks = sorted(set(trace.requests.task))
-        task_of = np.array([tasks.index(task) for task in trace.requests.task])[trace.request]
+        tasks, task_of = trace.tasks, trace.task_of_row
         best = self._best(trace, task_of, len(tasks))
         altered = compare(trace, best[task_of][:, :, None])
         experts = np.broadcast_to(task_of[:, None, None], (trace.tokens, trace.layers, 1)).astype(np.int16)
@@ -45,7 +44,7 @@ class TaskExperts:
         )
         return Transformed(_shrink(model, len(tasks)), served, altered, notes)
 
-    def _best(self, trace: Trace, task_of: NDArray[np.int64], tasks: int) -> NDArray[np.int16]:
+    def _best(self, trace: Trace, task_of: NDArray[np.int32], tasks: int) -> NDArray[np.int16]:
         """The expert each task keeps: [tasks, layers]; a task without calibration requests goes by all of them."""
         rows = calibration_rows(trace)
         out = np.empty((tasks, trace.layers), dtype=np.int16)

@@ -21,7 +21,8 @@ Shares = dict[str, NDArray[np.float64]]
 class Transformed:
     """A model, its routing, and what became of the routed weight of the model and trace they were made from.
 
-    altered: by kind, the share of each MoE layer's routed weight [layers]; the rest is served as it was chosen.
+    altered: by kind, the share of the routed weight of each MoE layer and task of the trace, [layers, tasks]; the rest
+        is served as it was chosen.
         lower_precision: by the expert chosen, stored in fewer bits; rerouted: by another expert; merged: by a mixture
         that contains the expert chosen; skipped: by none. A weight counts once, under what was done to it last.
     notes: what a reader of results must know. sequences: at most so many can be served at a time, None for any.
@@ -42,7 +43,7 @@ class Transform(Protocol):
 
 def apply_all(transforms: Sequence[Transform], model: Model, trace: Trace, seed: int) -> Transformed:
     """One after the other, with the shares of the first model's routed weight that all of them altered."""
-    done = Transformed(model, trace, nothing(trace.layers))
+    done = Transformed(model, trace, nothing(trace))
     for transform in transforms:
         new = transform.apply(done.model, done.trace, seed)
         limits = [n for n in (done.sequences, new.sequences) if n is not None]
@@ -51,8 +52,8 @@ def apply_all(transforms: Sequence[Transform], model: Model, trace: Trace, seed:
     return done
 
 
-def nothing(layers: int) -> Shares:
-    return {kind: np.zeros(layers) for kind in KINDS}
+def nothing(trace: Trace) -> Shares:
+    return {kind: np.zeros((trace.layers, len(trace.tasks))) for kind in KINDS}
 
 
 def chain(first: Shares, then: Shares) -> Shares:
@@ -61,11 +62,6 @@ def chain(first: Shares, then: Shares) -> Shares:
     untouched = 1 - sum(then[kind] for kind in KINDS)
     out = {kind: first[kind] * untouched + left * then[kind] for kind in KINDS}
     return out | {"skipped": first["skipped"] + left * then["skipped"]}
-
-
-def overall(altered: Shares) -> dict[str, float]:
-    """Over all layers, each counting the same."""
-    return {kind: float(altered[kind].mean()) for kind in KINDS}
 
 
 def calibration_rows(trace: Trace) -> slice:
@@ -105,21 +101,28 @@ def mean_weight(trace: Trace, layer: int, rows: slice) -> NDArray[np.float64]:
     return total / max(len(ids) // trace.top_k, 1)
 
 
+def share_by_task(trace: Trace, weights: NDArray[np.float64], chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Share of `weights` [tokens, k] where `chosen`, 0 for a task that has none: [tasks]."""
+    count, tasks = len(trace.tasks), trace.task_of_row
+    total = np.bincount(tasks, weights.sum(axis=1), minlength=count)
+    part = np.bincount(tasks, np.where(chosen, weights, 0.0).sum(axis=1), minlength=count)
+    return part / np.where(total > 0, total, 1.0)
+
+
 def compare(trace: Trace, experts: NDArray[np.int16]) -> Shares:
     """What becomes of the routed weight when `experts` [tokens, layers, any] serve instead of the trace's own.
 
     Experts no longer chosen are replaced, by rank, as far as there are new ones (rerouted); the others are skipped.
     """
-    out = nothing(trace.layers)
+    out = nothing(trace)
     for layer in range(trace.layers):
         old, new, weights = trace.experts[:, layer], experts[:, layer], gate_weights(trace, layer)
         same = (old[:, :, None] == new[:, None, :]) & (old >= 0)[:, :, None]
         lost = (old >= 0) & ~same.any(axis=2)
         fresh = ((new >= 0) & ~same.any(axis=1)).sum(axis=1, keepdims=True)
         replaced = lost & (np.cumsum(lost, axis=1) <= fresh)
-        total = max(weights.sum(), 1e-12)
-        out["rerouted"][layer] = weights[replaced].sum() / total
-        out["skipped"][layer] = weights[lost & ~replaced].sum() / total
+        out["rerouted"][layer] = share_by_task(trace, weights, replaced)
+        out["skipped"][layer] = share_by_task(trace, weights, lost & ~replaced)
     return out
 
 

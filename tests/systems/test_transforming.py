@@ -46,9 +46,9 @@ def test_every_request_is_served_and_the_altered_weight_is_told(ask, policy):
     m, fidelity = s["metrics"], s["routing_fidelity"]
     assert m["completed"] == 6 and m["total_output_tokens"] == 6 * 31 and m["total_input_tokens"] == 60
     assert m["hits"] + m["lates"] + m["misses"] == m["lookups"]
-    by_layer = fidelity.pop("before_serving")
-    assert sum(fidelity.values()) == pytest.approx(1) and fidelity["exact"] < 1
-    assert all(len(shares) == 3 for shares in by_layer.values())
+    rows = [fidelity["overall"], *fidelity["by_task"].values()]
+    assert all(sum(row.values()) == pytest.approx(1) for row in rows) and fidelity["overall"]["exact"] < 1
+    assert sum(np.array(shares) for shares in fidelity["by_layer"].values()) == pytest.approx(np.ones(3))
     assert any("quality is not modelled" in note for note in s["notes"])
     assert s["inputs"]["model"]["experts"] == 8, "inputs name the model as it comes"
     assert "routing" in format_run(ask(policy))
@@ -73,7 +73,7 @@ def test_transforms_combine_with_any_other_choice(ask):
     assert s["metrics"]["misses"] == 12, "4 experts of 3 layers fit the 4 slots: each is loaded once"
     assert with_setting(load_system("EEP"), "transforms=none").transforms == ()
     both = replace(load_system("LRU"), transforms=(Prune(4), MixedBits(2.5)))
-    assert ask(both).summary["routing_fidelity"]["lower_precision"] == 1
+    assert ask(both).summary["routing_fidelity"]["overall"]["lower_precision"] == 1
 
 
 def test_predictors_learn_on_the_transformed_trace(ask, small_config):
@@ -89,9 +89,9 @@ def test_predictors_learn_on_the_transformed_trace(ask, small_config):
 
 
 def test_expert_bits_count_as_lower_precision(ask):
-    fidelity = ask("LRU", settings=["expert_bits=4"]).summary["routing_fidelity"]
+    fidelity = ask("LRU", settings=["expert_bits=4"]).summary["routing_fidelity"]["overall"]
     assert fidelity["lower_precision"] == 1 and fidelity["exact"] == 0
-    assert ask("LRU", settings=["expert_bits=16"]).summary["routing_fidelity"]["exact"] == 1
+    assert ask("LRU", settings=["expert_bits=16"]).summary["routing_fidelity"]["overall"]["exact"] == 1
 
 
 # -- bytes per expert ---------------------------------------------------------------------------------------------
