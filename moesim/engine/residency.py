@@ -48,7 +48,7 @@ class Slots:
 
 
 @dataclass
-class Counts:
+class Counts:  # noqa: PLW1641  (unhashable by the decorator)
     """Totals over a run. Lookups are unique experts per layer and step; bytes are bytes moved.
 
     altered: routed weight not served as chosen, in parts of 1 / WEIGHT_ONE: [LOWERED | REROUTED | SKIPPED, layers,
@@ -72,7 +72,7 @@ class Counts:
         """Routed weight LOWERED (computed at low precision), REROUTED or SKIPPED over all layers and tasks."""
         return int(self.altered[kind].sum()) / WEIGHT_ONE
 
-    def __eq__(self, other: object) -> bool:  # noqa: PLW1641  (the dataclass decorator makes it unhashable)
+    def __eq__(self, other: object) -> bool:
         plain = [vars(c) | {"altered": c.altered.tolist()} for c in (self, other) if isinstance(c, Counts)]
         return len(plain) == 2 and plain[0] == plain[1]
 
