@@ -135,7 +135,7 @@ def replay(
         max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
     )  # fmt: skip
     result = run(read(trace), policy, question, settings or [], anchors, detail=bool(timeline or output))
-    if timeline and result.records:
+    if timeline and result.records.requests:
         write_timeline(result.records, timeline)
     if output:
         result.save(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moesim.memory import Ledger, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
 from moesim.records import Records
-from moesim.systems import System, load_system, with_setting
+from moesim.systems import System, load_system, with_settings
 from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
 from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
@@ -74,11 +74,14 @@ class Run:
         return getattr(self.records, table).to_arrow().to_pandas()
 
     def save(self, directory: Path) -> None:
-        """summary.json and one Parquet file per table."""
+        """summary.json and one Parquet file per table; no table, nor one of an older run, where nothing was served."""
         import pyarrow.parquet as pq
 
         write_text(directory / "summary.json", to_json(self.summary) + "\n")
         for name in ("requests", "steps", "layers", "transfers", "kernels"):
+            if not self.records.requests:
+                (directory / f"{name}.parquet").unlink(missing_ok=True)
+                continue
             with atomic(directory / f"{name}.parquet") as temporary:
                 pq.write_table(getattr(self.records, name).to_arrow(), temporary, compression="zstd")
 
@@ -221,8 +224,9 @@ def run(
 ) -> Run:
     """Replay `trace` under `policy`. Raises a MoesimError where the question makes no sense."""
     system = load_system(policy) if isinstance(policy, str) else policy
-    for setting in settings:
-        system = with_setting(system, setting)
+    if settings:
+        system = with_settings(system, settings)
+        system = replace(system, name=f"{system.name} with {', '.join(settings)}")
     scene = Scene(trace, question).under(system)
     ledger = scene.ledger(system)
     if not _runs(system, ledger):
@@ -373,6 +377,10 @@ def _notes(scene: Scene, system: System) -> list[str]:
         notes.append("decode-only trace: prompts are not simulated, so TTFT is the first decode step")
     if system.predictor.provenance == "assumed":
         notes.append("the predictor's accuracy is stated, not learned from the trace")
+        if scene.trace.experts is not scene.given[1].experts:
+            notes.append("that accuracy was stated for other routers: transforms changed the routing, so state it anew")
+    if outweighed := system.eviction.outweighed:
+        notes.append(outweighed)
     if system.misses.rule == "precision" and scene.trace.weights is None:
         notes.append("precision goes by rank alone: the trace has no gate weights, so all ranks weigh the same")
     if system.misses.rule == "reroute" and scene.trace.probabilities is None:

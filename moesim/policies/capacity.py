@@ -50,6 +50,8 @@ class ExpectedLoads:
     top_k: int = 2
 
     def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise PolicyError(f"capacity.top_k {self.top_k} must be at least 1 expert per token")
         for name in ("accuracy", "single"):
             table = getattr(self, name)
             if not table or not all(0 <= share <= 1 for share in table):

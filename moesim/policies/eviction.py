@@ -22,8 +22,11 @@ FEATURES = {
     "near": "1 - layers until its layer comes round again / layers (HOBBIT's FLD)",
     "prob": "probability in the newest belief about its layer; 0 where there is none",
 }
+ALIASES = {"fld": "near", "lhu": "high"}  # HOBBIT's names
 # These change without the expert being touched, so candidates are scored anew for every victim.
 CHANGING = {"random", "recency", "frequency", "high", "near", "prob"}
+LARGE = ("lru", "lfu", "count", "fifo", "belady", "plan", "random")  # all others lie between 0 and 1
+SIGNED = ("lru", "belady")
 COMBINATIONS = ("sum", "product")
 SCOPES = ("layer", "global")
 
@@ -47,11 +50,19 @@ class Eviction:
     def __post_init__(self) -> None:
         if not self.score:
             raise PolicyError("eviction.score is empty; name at least one feature, such as lru")
+        renamed = tuple((ALIASES.get(feature, feature), weight) for feature, weight in self.score)
+        object.__setattr__(self, "score", renamed)
         for feature, _ in self.score:
             if feature not in FEATURES:
-                raise PolicyError(f"eviction.score: unknown feature '{feature}'{nearest(feature, FEATURES)}")
+                hint = nearest(feature, [*FEATURES, *ALIASES])
+                raise PolicyError(f"eviction.score: unknown feature '{feature}'{hint}")
         if self.combine not in COMBINATIONS:
             raise PolicyError(f"eviction.combine '{self.combine}' must be one of {', '.join(COMBINATIONS)}")
+        if self.combine == "product" and any(weight < 0 or feature in SIGNED for feature, weight in self.score):
+            raise PolicyError(
+                f"eviction.combine product takes weights of at least 0, and neither {' nor '.join(SIGNED)}, which "
+                "may be negative; set eviction.combine=sum"
+            )
         if self.window < 0 or (self.window and not self.looks_ahead):
             raise PolicyError(f"eviction.window {self.window} must be at least 0, and needs the feature belady")
         if self.scope not in SCOPES:
@@ -60,6 +71,18 @@ class Eviction:
     @property
     def changing(self) -> bool:
         return self.window > 0 or any(feature in CHANGING for feature, _ in self.score)
+
+    @property
+    def outweighed(self) -> str:
+        """A remark where a sum adds large features to shares, or ''."""
+        names = [feature for feature, weight in self.score if weight]
+        large, shares = [n for n in names if n in LARGE], [n for n in names if n not in LARGE]
+        if self.combine == "product" or not (large and shares):
+            return ""
+        return (
+            f"eviction.score: {', '.join(large)} may be much larger than {', '.join(shares)}, which lies between 0 and "
+            "1 and may only decide ties; recency and frequency are such shares of lru and lfu"
+        )
 
     @property
     def looks_ahead(self) -> bool:

@@ -39,6 +39,8 @@ class Misses:
             raise PolicyError(f"misses.rule: unknown rule '{self.rule}'{nearest(self.rule, RULES)}")
         if self.rule == "precision" and (self.low_bits is None or not 0 < self.low_share < 1):
             raise PolicyError("misses.rule precision needs low_bits and a low_share between 0 and 1")
+        if self.low_bits is not None and not 0 < self.low_bits <= 64:
+            raise PolicyError(f"misses.low_bits {self.low_bits} must lie above 0 and up to 64 bits per weight")
         if self.defer < 0 or (self.defer and self.rule not in ("host", "cheaper")):
             raise PolicyError(
                 f"misses.defer {self.defer} needs experts on the host; set misses.rule to host or cheaper"

@@ -64,3 +64,6 @@ class Refresh:
     def __post_init__(self) -> None:
         if self.period < 1:
             raise PolicyError(f"refresh.period {self.period} must be at least 1 request")
+        for name in ("expected_output", "predictor_params"):
+            if getattr(self, name) < 0:
+                raise PolicyError(f"refresh.{name} {getattr(self, name):g} must be at least 0")

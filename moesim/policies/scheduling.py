@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from moesim.errors import PolicyError
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -42,6 +44,11 @@ class GreedySLO:
     token_ns: int = 0  # c; filled in from the cost table by the replay
     load_ns: int = 0  # loading an admission causes; 0 while plans are shared by `period` requests
     max_tokens: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name, least in (("token_ns", 0), ("load_ns", 0), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise PolicyError(f"scheduling.{name} {getattr(self, name)} must be at least {least}")
 
     def admit(self, waiting: Sequence[Candidate], running: Sequence[Candidate], now: int) -> int | None:
         scheduled = sum(r.prompt_tokens for r in running)

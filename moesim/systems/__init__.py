@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from moesim.costs.table import KERNELS
 from moesim.errors import PolicyError, nearest
 from moesim.policies import FCFS, GreedySLO
 from moesim.prediction import (
@@ -35,8 +35,9 @@ from moesim.systems.pregated import pregated
 from moesim.systems.promoe import promoe
 from moesim.systems.samoyeds import samoyeds
 from moesim.systems.seer import seer
+from moesim.systems.settings import change
 from moesim.systems.sida import sida
-from moesim.systems.system import System, change_field
+from moesim.systems.system import System
 from moesim.systems.tsep import tsep
 
 SYSTEMS: dict[str, Callable[..., System]] = {
@@ -82,8 +83,9 @@ PREDICTORS: dict[str, Callable[..., Any]] = {
     "whole-layer": WholeLayer,
 }
 SCHEDULERS: dict[str, Callable[..., Any]] = {"fcfs": FCFS, "greedy-slo": GreedySLO}
+CHOICES = {"predictor": PREDICTORS, "scheduling": SCHEDULERS}  # parts that also have names of their own
 
-__all__ = ["PREDICTORS", "SCHEDULERS", "SYSTEMS", "System", "load_system", "with_setting"]
+__all__ = ["PREDICTORS", "SCHEDULERS", "SYSTEMS", "System", "load_system", "with_setting", "with_settings"]
 
 
 def load_system(spec: str) -> System:
@@ -91,31 +93,27 @@ def load_system(spec: str) -> System:
     return _make("policy", spec, SYSTEMS)
 
 
+def with_settings(system: System, settings: Iterable[str]) -> System:
+    """A composition with choices changed, all together: `eviction.scope=global` a field, `misses=Fiddler` a part of
+    another system, `predictor=oracle(recall=0.8)`, `scheduling=greedy-slo` and `kernel=samoyeds` by name."""
+    return change(system, settings, _take)
+
+
 def with_setting(system: System, setting: str) -> System:
-    """A composition with one choice changed: `eviction.scope=global` a field, `misses=Fiddler` a part of another
-    system, `predictor=oracle(recall=0.8)` and `scheduling=greedy-slo` by name."""
-    changed = _changed(system, setting)
-    same_outputs = all(
-        getattr(changed, part) == getattr(system, part) for part in ("misses", "transforms", "expert_bits")
-    )
-    return changed if same_outputs else replace(changed, quality=None)  # what was published is of another system
+    """`with_settings` with one change."""
+    return with_settings(system, [setting])
 
 
-def _changed(system: System, setting: str) -> System:
-    part, equals, value = setting.partition("=")
-    if not equals or not value:
-        raise PolicyError(f"--set {setting}: write part.field=value or part=SYSTEM, such as eviction.scope=global")
-    if "." in part:
-        return change_field(system, part, value)
-    if part == "predictor":
-        return replace(system, predictor=_make("predictor", value, PREDICTORS))
-    if part == "scheduling":
-        return replace(system, scheduling=_make("scheduler", value, SCHEDULERS))
-    if part in ("eviction", "capacity", "misses", "prefetch", "placement", "transfer", "refresh"):
-        return replace(system, **{part: getattr(load_system(value), part)})
-    if part == "transforms":
-        return replace(system, transforms=() if value.lower() == "none" else load_system(value).transforms)
-    return change_field(system, part, value)
+def _take(part: str, spec: str) -> Any:
+    name = spec.partition("(")[0].strip().lower()
+    if part == "kernel" and name in KERNELS:
+        return name
+    choices = CHOICES.get(part, {})
+    if name in {known.lower() for known in choices}:
+        return _make(part, spec, choices)
+    if choices and name not in {known.lower() for known in SYSTEMS}:
+        raise PolicyError(f"unknown {part} '{spec}'{nearest(name, [*choices, *SYSTEMS])}")
+    return getattr(load_system(spec), part)
 
 
 def _make(kind: str, spec: str, known: Mapping[str, Callable[..., Any]]) -> Any:

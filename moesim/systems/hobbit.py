@@ -39,7 +39,7 @@ def hobbit(
         raise PolicyError(f"HOBBIT ahead={ahead} must lie between 0 and {len(accuracy)}, the accuracies given")
     expert_bits, low_bits = PAIRS[pair]
     plain = variant == "plain"
-    score = (("recency", w_lru), ("frequency", w_lfu), ("high", w_lhu), ("near", w_fld))
+    score = (("recency", w_lru), ("frequency", w_lfu), ("lhu", w_lhu), ("fld", w_fld))
     return System(
         "HOBBIT" if plain else f"HOBBIT-{variant}",
         eviction=Eviction(score, scope="global", per_sequence=True),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Integral
 from typing import Any
 
 from moesim.costs.table import KERNELS
@@ -56,18 +58,45 @@ class System:
     notes: tuple[str, ...] = ()  # what a reader of the result must know
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            check_kinds(f.name, getattr(self, f.name))
+        self._check_cache()
+        self._check_beliefs()
+        if self.kernel not in KERNELS:
+            raise PolicyError(f"unknown kernel '{self.kernel}'{nearest(self.kernel, KERNELS)}")
+        if self.expert_bits is not None and not 0 < self.expert_bits <= 64:
+            raise PolicyError(f"expert_bits {self.expert_bits} must lie above 0 and up to 64 bits per weight")
+        if self.misses.changes_outputs and any(getattr(t, "merges", False) for t in self.transforms):
+            raise PolicyError(
+                f"merged experts belong to one request: misses.rule {self.misses.rule} cannot put another in their "
+                "place; set misses.rule to fetch, host or cheaper"
+            )
+
+    def _check_cache(self) -> None:
         if self.placement.pinned and self.refresh is not None:
             raise PolicyError("pinned experts cannot be planned anew; set placement.pinned to false or refresh=LRU")
         if self.placement.pinned and self.placement.start == "empty":
             raise PolicyError("placement.pinned needs experts to pin; set placement.start to hot or all")
-        if self.placement.pinned and self.misses.keep and not (self.all_resident or self.misses.changes_outputs):
+        if self.all_resident and (not self.cache or self.misses.rule == "precision"):
+            raise PolicyError(
+                "all experts resident are a cache that holds them and misses none; set cache=true and misses=LRU, "
+                "or all_resident=false"
+            )
+        if self.placement.pinned and self.misses.keep and not (self.all_resident or self.misses.substitutes):
             raise PolicyError("pinned experts leave no slot for others to keep; set misses.keep to false")
         if not self.cache and not self.all_resident and self.misses.keep and self.misses.rule != "host":
             raise PolicyError("a system without a cache cannot keep what it fetches; set misses.keep to false")
         if self.transfer.write_back and not self.misses.keep:
             raise PolicyError("transfer.write_back needs a cache that evicts; misses.keep is false")
-        if self.kernel not in KERNELS:
-            raise PolicyError(f"unknown kernel '{self.kernel}'{nearest(self.kernel, KERNELS)}")
+        if self.refresh is not None and not self.cache:
+            raise PolicyError("a plan needs a cache to keep its experts in; set refresh=none, or cache=true")
+
+    def _check_beliefs(self) -> None:
+        features = {feature for feature, _ in self.eviction.score}
+        if "plan" in features and self.refresh is None:
+            raise PolicyError("eviction.score plan needs plans to go by; set refresh=eMoE as well, or another score")
+        if "prob" in features and isinstance(self.predictor, NoPrediction):
+            raise PolicyError("eviction.score prob needs beliefs; set predictor=expert-maps as well, or another score")
 
     def scratch_slots(self, top_k: int, experts: int) -> int:
         """Slots for experts used once and forgotten: a token's, or a layer's where whole layers move; the next
@@ -84,6 +113,24 @@ class System:
         }
 
 
+def check_kinds(name: str, choice: Any) -> None:
+    """Numbers that are declared whole are whole, the others finite, in a choice or in each of several."""
+    for one in choice if isinstance(choice, tuple) else (choice,):
+        for f in fields(one) if is_dataclass(one) else ():
+            value, kind = getattr(one, f.name), str(f.type)
+            if is_dataclass(value):
+                check_kinds(f"{name}.{f.name}", value)
+            elif (kind.startswith("int") and not isinstance(value, Integral | None)) or not _finite(value):
+                rule = "a whole number" if kind.startswith("int") else "finite numbers"
+                raise PolicyError(f"{name}.{f.name} {value!r} must be {rule}")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def plain(value: Any) -> Any:
     """A choice as nested plain values; choices name their class so that a result can be read without the code."""
     if hasattr(value, "__dataclass_fields__"):
@@ -92,49 +139,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [plain(v) for v in value]
     return value
-
-
-def change_field(system: System, path: str, text: str) -> System:
-    """`path` is a field of the composition (`expert_bits`) or of one of its parts (`eviction.scope`)."""
-    setting = f"{path}={text}"
-    part, _, name = path.partition(".")
-    known = [f.name for f in fields(system) if f.name not in ("name", "source", "quality", "notes")]
-    if part not in known:
-        raise PolicyError(f"--set {setting}: a system has no '{part}'{nearest(part, known)}")
-    choice = getattr(system, part)
-    if not name:
-        return replace(system, **{part: parse_value(choice, text, setting)})
-    if not hasattr(choice, "__dataclass_fields__"):
-        raise PolicyError(f"--set {setting}: {system.name} has no {part}; take one from another system: {part}=NAME")
-    inner = [f.name for f in fields(choice)]
-    if name not in inner:
-        raise PolicyError(f"--set {setting}: {part} has no '{name}'{nearest(name, inner)}")
-    value = parse_value(getattr(choice, name), text, setting)
-    try:
-        return replace(system, **{part: replace(choice, **{name: value})})
-    except (TypeError, ValueError) as error:
-        raise PolicyError(f"--set {setting}: '{text}' is of the wrong kind ({error})") from None
-
-
-def parse_value(old: Any, text: str, setting: str) -> Any:
-    """`text` read as the kind of value it replaces; scores are written `lru:0.5,lfu:0.5`."""
-    try:
-        if isinstance(old, bool):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        if isinstance(old, int):
-            return int(text)
-        if isinstance(old, float):
-            return float(text)
-        if isinstance(old, tuple) and old and isinstance(old[0], tuple):
-            pairs = [item.partition(":") for item in text.split(",")]
-            return tuple((feature, float(weight or 1)) for feature, _, weight in pairs)
-        if isinstance(old, tuple):
-            kind = type(old[0]) if old else str
-            return tuple(kind(item) for item in text.split(",") if item)
-        if old is None:
-            return None if text.lower() == "none" else float(text) if "." in text else int(text)
-        if isinstance(old, str):
-            return text
-    except (ValueError, KeyError):
-        pass
-    raise PolicyError(f"--set {setting}: '{text}' does not fit, the present value is {old!r}")

@@ -37,6 +37,13 @@ class MixedBits:
     group: int = 128
     other_bits: float | None = 4
 
+    def __post_init__(self) -> None:
+        widths = [bits for bits, _ in self.errors]
+        if not widths or min(widths) < 1 or not min(widths) <= self.mean_bits <= max(widths):
+            raise PolicyError(f"mean_bits {self.mean_bits} must lie within the widths on offer, {widths} bits")
+        if self.group < 1 or not (self.other_bits is None or 0 < self.other_bits <= 64):
+            raise PolicyError(f"bits group {self.group} must be at least 1, other_bits {self.other_bits} above 0")
+
     def apply(self, model: Model, trace: Trace, seed: int) -> Transformed:
         rows = calibration_rows(trace)
         widths = [bits for bits, _ in self.errors]

@@ -31,7 +31,7 @@ class SensitivityGating:
     sensitivity: tuple[float, ...] = MIXTRAL_SENSITIVITY
 
     def __post_init__(self) -> None:
-        if self.threshold < 0 or not self.sensitivity or min(self.sensitivity) <= 0:
+        if not self.threshold >= 0 or not self.sensitivity or min(self.sensitivity) <= 0:
             raise PolicyError(f"gating threshold {self.threshold} must be at least 0, and every sensitivity above 0")
 
     def apply(self, model: Model, trace: Trace, seed: int) -> Transformed:

@@ -30,6 +30,8 @@ class ReplacedRouter:
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise PolicyError(f"hash top_k {self.top_k} must be at least 1")
+        if not 0 <= self.accuracy <= 1:
+            raise PolicyError(f"hash accuracy {self.accuracy} must lie between 0 and 1")
 
     def apply(self, model: Model, trace: Trace, seed: int) -> Transformed:
         if self.top_k > model.experts:

@@ -26,6 +26,8 @@ class SequenceGate:
     requests take them in turn, so two that overlap by more than `sequences` places in the trace would count as one.
     """
 
+    merges = True  # experts of its own making, which no other can stand in for
+
     k: int = 4
     level: str = "sequence"
     sequences: int = 8
