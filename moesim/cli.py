@@ -22,6 +22,9 @@ app = typer.Typer(
 OK, FAILED, USAGE, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 TracePath = Annotated[Path, typer.Argument(help="Routing trace (.parquet); `moesim trace import` makes one.")]
+PolicyOption = Annotated[
+    str, typer.Option("--policy", "-p", help="System, such as eMoE, LRU(scope='global') or my_policy.py:MyPolicy.")
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Model name, config.json or .gguf; default: what the trace says.")
 ]
@@ -103,7 +106,9 @@ def _question(
 @app.command()
 def replay(
     trace: TracePath,
-    policy: Annotated[str, typer.Option("--policy", "-p", help="System, such as eMoE or LRU(scope='global').")] = "LRU",
+    policy: Annotated[
+        str, typer.Option("--policy", "-p", help="System, such as eMoE, LRU(scope='global') or my_policy.py:MyPolicy.")
+    ] = "LRU",
     model: ModelOption = None,
     machine: MachineOption = "rtx-4090",
     expert_memory: ExpertMemory = None,
@@ -242,12 +247,14 @@ def _mount() -> None:
     from moesim.calibrate.commands import calibrate
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
+    from moesim.commands.policy import app as policy_app
     from moesim.commands.profile import app as profile_app
     from moesim.commands.trace import app as trace_app
 
     app.command()(calibrate)
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")
+    app.add_typer(policy_app, name="policy", help="Policies: check one, built in or your own.")
     app.add_typer(profile_app, name="profile", help="Profiles: measured and imported costs of machines.")
     app.add_typer(machine_app, name="machine", help="Machines of the catalogue, and what each rate is taken from.")
 

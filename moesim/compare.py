@@ -95,20 +95,21 @@ def _differences(base: Run, other: Run) -> dict[str, Any]:
 
 def format_comparison(result: dict[str, Any]) -> str:
     """A table, and one plain sentence for each policy against the first."""
-    lines = [f"{'policy':24} {'status':12} {'tok/s':>9} {'TPOT ms':>9} {'TTFT ms':>9} {'hit':>7} {'exact':>7}"]
+    width = max(24, *(len(name) for name in result["policies"]))
+    lines = [f"{'policy':{width}} {'status':12} {'tok/s':>9} {'TPOT ms':>9} {'TTFT ms':>9} {'hit':>7} {'exact':>7}"]
     for name, row in result["policies"].items():
         m = row["metrics"]
         if not m:
-            lines.append(f"{name:24} {row['status']:12} {row['status_reason']}")
+            lines.append(f"{name:{width}} {row['status']:12} {row['status_reason']}")
             continue
         tpot = "-" if m["mean_tpot_ms"] is None else f"{m['mean_tpot_ms']:.4g}"
         lines.append(
-            f"{name:24} {row['status']:12} {m['output_throughput']:9.4g} {tpot:>9} {m['mean_ttft_ms']:9.4g} "
+            f"{name:{width}} {row['status']:12} {m['output_throughput']:9.4g} {tpot:>9} {m['mean_ttft_ms']:9.4g} "
             f"{m['hit_rate']:7.1%} {row['routing_fidelity']['overall']['exact']:7.1%}"
         )
     for name, row in (result["anchors"] or {}).items():
         if "output_throughput" in row:
-            lines.append(f"{'anchor ' + name:24} {'':12} {row['output_throughput']:9.4g}")
+            lines.append(f"{'anchor ' + name:{width}} {'':12} {row['output_throughput']:9.4g}")
     lines.append("")
     lines += [_sentence(name, result["base"], row) for name, row in result["differences"].items()]
     return "\n".join(lines)

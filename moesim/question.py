@@ -375,7 +375,9 @@ def _notes(scene: Scene, system: System) -> list[str]:
         notes.append(f"routing of {scene.workload.routing} with seed {scene.question.seed}")
     if not (scene.trace.phase == PREFILL).any():
         notes.append("decode-only trace: prompts are not simulated, so TTFT is the first decode step")
-    if system.predictor.provenance == "assumed":
+    if system.own:
+        notes.append(f"{', '.join(part for part, _ in system.own)}: decided by {system.own_names}, not by moesim")
+    if getattr(system.predictor, "provenance", "own") == "assumed":
         notes.append("the predictor's accuracy is stated, not learned from the trace")
         if scene.trace.experts is not scene.given[1].experts:
             notes.append("that accuracy was stated for other routers: transforms changed the routing, so state it anew")

@@ -29,6 +29,12 @@ def test_outputs_shown_are_what_the_command_prints(page, command, output):
     assert run.stdout == output, f"paste the present output into {page.name}"
 
 
+def test_files_shown_are_the_files_themselves():
+    for page in PAGES:
+        for name, shown in re.findall(r"<!-- file: (.+?) -->\n```python\n(.*?)```", page.read_text(), re.DOTALL):
+            assert shown == (page.parent / name).read_text(), f"paste {name} into {page.name}"
+
+
 def test_the_example_of_a_policy_prints_what_the_page_says():
     page = (ROOT / "docs" / "add-a-policy.md").read_text()
     example = re.search(r"<!-- example -->\n```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", page, re.DOTALL)

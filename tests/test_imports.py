@@ -24,7 +24,7 @@ ROOMS = [
     ["systems"],
     ["records"],
     ["engine"],
-    ["metrics", "timeline", "plots", "profile_plots"],
+    ["metrics", "timeline", "plots", "profile_plots", "contracts"],
     ["question"],
     ["compare", "page", "model_report"],
     ["commands", "cli"],

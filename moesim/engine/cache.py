@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
+from moesim.engine.own import Score, own_eviction
 from moesim.policies import Eviction
 
 _MASK = (1 << 64) - 1
@@ -50,7 +51,7 @@ class Now:
         self.beliefs: dict[int, list[float]] = {}  # probabilities by layer
 
 
-Score = Callable[[Entry], float]
+Pick = Callable[[list[Entry]], Entry]
 
 
 class Pool:
@@ -59,13 +60,13 @@ class Pool:
     Where scores change only when an expert is touched, a heap holds (score, last use, key, arrival, entry) of
     evictable experts.
     A touch makes an item stale instead of searching for it; stale ones are skipped, and swept out when they outnumber
-    the live. Scores that change by themselves are computed for every victim.
+    the live. Scores that change by themselves are computed for every victim. pick: chooses in place of a score.
     """
 
-    def __init__(self, capacity: int, score: Score, changing: bool, now: Now) -> None:
+    def __init__(self, capacity: int, score: Score, changing: bool, now: Now, pick: Pick | None = None) -> None:
         self.capacity, self.used = capacity, 0
         self.entries: dict[int, Entry] = {}
-        self._score, self._changing, self._now = score, changing, now
+        self._score, self._changing, self._now, self._pick = score, changing, now, pick
         self._heap: list[tuple[float, int, int, int, Entry]] = []
 
     def add(self, entry: Entry) -> None:
@@ -102,6 +103,8 @@ class Pool:
             for key, e in self.entries.items()
             if e.landed and not e.busy and not e.pinned and e.guard <= position
         ]
+        if self._pick and free:
+            return self._pick([item[3] for item in sorted(free)])
         return min(free)[3] if free else None
 
     def _top(self, position: int) -> Entry | None:
@@ -127,8 +130,8 @@ def _within(horizon: int, now: Now) -> Score:
 
 def scorer(
     eviction: Eviction, popularity: list[list[float]], totals: list[list[int]], now: Now, experts: int, seed: int
-) -> Score:
-    """The score of an entry under `eviction`, as a function; larger is kept longer."""
+) -> tuple[Score, Pick | None]:
+    """The score of an entry under `eviction`, as a function, larger is kept longer; and how a user's rule picks."""
     horizon = eviction.window * now.layers
     features: dict[str, Score] = {
         "lru": lambda e: e.last_use,
@@ -145,6 +148,12 @@ def scorer(
         "near": lambda e: 1 - ((e.layer - now.position) % now.layers) / now.layers,
         "prob": lambda e: now.beliefs[e.layer][e.expert % experts] if e.layer in now.beliefs else 0.0,
     }
+    if eviction.own is not None:
+        return own_eviction(eviction.own, features, experts)
+    return _combined(eviction, features), None
+
+
+def _combined(eviction: Eviction, features: dict[str, Score]) -> Score:
     if len(eviction.score) == 1 and eviction.score[0][1] == 1:
         return features[eviction.score[0][0]]
     terms = [(features[name], weight) for name, weight in eviction.score]

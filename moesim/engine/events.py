@@ -17,6 +17,7 @@ from moesim.engine.cache import Entry
 from moesim.engine.clock import Clock
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Copy
+from moesim.engine.own import Miss, own_miss
 from moesim.engine.residency import COMPUTE, FOREVER, HOST, LOWERED, NEVER, REROUTED, SKIPPED, Residency, Slots
 from moesim.policies import LOW, SKIP, cheaper, precision_levels, reroute
 from moesim.prediction import Beliefs
@@ -85,13 +86,13 @@ class Device:
         self._deferred = 0  # host experts of the present layer that may outlast it: those that were asked for last
         self._settled = 0  # waited before the step, which its first layer answers for
         self._wake: simpy.Event | None = None
+        self._answers: dict[int, str] = {}  # of a user's miss rule, about the present layer's misses
         self._step = 0
         self.memory = Residency(
             env, table, system, slots, knowledge.popularity, records, host_tier, seed, self._arrival
         )
         self.counts = self.memory.counts
-        if system.misses.changes_outputs:
-            self.counts.altered = np.zeros((3, trace.layers, len(trace.tasks)), dtype=np.int64)
+        self.counts.altered = np.zeros((3, trace.layers, len(trace.tasks)), dtype=np.int64)
 
     def _arrival(self, entry: Entry) -> None:
         self._outstanding -= 1
@@ -171,6 +172,8 @@ class Device:
         if self._levels:
             wanted = self._lower(layer, rows, chosen)
         resident, late, misses = self._classify(layer, wanted, next_use)
+        if misses and self._system.misses.own is not None:
+            misses = self._decide(layer, rows, misses)
         if self._substituting and (misses or late) and self._any_landed(layer):
             resident = self._substitute(layer, rows, chosen)
             late, misses = [], []
@@ -341,6 +344,31 @@ class Device:
         counts.misses += len(misses)
         return resident, late, misses
 
+    def _decide(self, layer: int, rows: NDArray[np.int64], misses: list[Copy]) -> list[Copy]:
+        """Ask a user's rule about every miss; those it skips are left out and accounted for."""
+        tasks, weights = self._trace.task_of_row[rows], self._trace.routed_weight(layer, rows)
+        experts, total = self._trace.experts[rows, layer], max(int(weights.sum()), 1)
+        left = []
+        for copy in misses:
+            own = np.where(experts == copy.expert, weights, 0).sum(axis=1)
+            tokens = copy.wanted[2] if copy.wanted else 0
+            miss = Miss(
+                layer, copy.expert, tokens, int(own.sum()) / total, copy.size,
+                self._fetch_ns(copy, tokens), self._table.host_expert_ns(tokens),
+            )  # fmt: skip
+            answer = own_miss(self._system.misses.own, miss)
+            if answer == "skip":
+                np.add.at(self.counts.altered[SKIPPED, layer], tasks, own)
+            else:
+                self._answers[copy.key] = answer
+                left.append(copy)
+        return left
+
+    def _fetch_ns(self, copy: Copy, tokens: int) -> int:
+        """Copy an expert to the device and compute it there, with nothing else going on."""
+        part = -(-copy.size // copy.parts)
+        return copy.parts * self._table.copy_ns(part) + self._table.expert_ns(tokens)
+
     def _any_landed(self, layer: int) -> bool:
         return any(entry.landed for entry in self.memory.here[layer].values())
 
@@ -355,13 +383,11 @@ class Device:
         demands = list(late)
         for copy in misses:
             tokens = copy.wanted[2] if copy.wanted else 0
-            choice = rule
+            choice = self._answers.pop(copy.key, rule)
             if table.unified:
                 choice = "fetch"  # CPU and GPU see the same memory, and the expert is not in it
             elif rule == "cheaper":  # a read from the drive would come before either
-                part = -(-copy.size // copy.parts)
-                fetch_ns = copy.parts * table.copy_ns(part) + table.expert_ns(tokens)
-                choice = cheaper(fetch_ns, table.host_expert_ns(tokens))
+                choice = cheaper(self._fetch_ns(copy, tokens), table.host_expert_ns(tokens))
             (hosted if choice == "host" else demands).append(copy)
         if late and misses:
             demands.sort(key=lambda copy: copy.wanted or (0,))

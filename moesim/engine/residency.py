@@ -17,6 +17,7 @@ from moesim.engine.clock import Clock
 from moesim.engine.fluid import Fluid
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Copy, Executor, Link
+from moesim.engine.own import own_prefetch
 from moesim.records import KINDS, LINKS, Records
 from moesim.systems.system import System
 from moesim.trace import WEIGHT_ONE
@@ -115,8 +116,8 @@ class Residency:
         self.now = Now(layers)
         self.counts = Counts()
         totals = [[0] * self.experts for _ in range(layers)]
-        self.totals = totals if any(name == "count" for name, _ in system.eviction.score) else None
-        self._score = scorer(system.eviction, popularity.tolist(), totals, self.now, self.experts, seed)
+        self.totals = totals if system.eviction.counts else None
+        self._score, self._pick = scorer(system.eviction, popularity.tolist(), totals, self.now, self.experts, seed)
         self._pools = self._make_pools(slots.per_layer)
         self._low_pools = self._make_pools(slots.low)
         self._connect()
@@ -125,7 +126,7 @@ class Residency:
         """One pool per layer, or one and the same for all layers."""
 
         def make(size: int) -> Pool:
-            return Pool(size, self._score, self._system.eviction.changing, self.now)
+            return Pool(size, self._score, self._system.eviction.changing, self.now, self._pick)
 
         if self._system.eviction.scope == "layer":
             return [make(size) for size in sizes]
@@ -141,7 +142,7 @@ class Residency:
         """Links and executors, sharing only those resources that they could oversubscribe together."""
         table, env = self._table, self._env
         back = table.copy_rate if self._system.transfer.write_back else 0.0
-        host = table.host_rate if self._system.misses.rule in ("host", "cheaper") else 0.0
+        host = table.host_rate if self._system.misses.may_host else 0.0
         demand = {
             "dram": table.copy_rate + back + host + (table.read_rate if self._tier else 0.0),
             "pcie": table.copy_rate + back,
@@ -389,6 +390,10 @@ class Residency:
         """
         here, base, room = self.here[target], self.key(target, 0), self._system.prefetch.per_layer
         queued = 0
+        if (own := self._system.prefetch.own) is not None:
+            ids = self._width if self._low_pools else self.experts
+            on_way = {e for e in range(ids) if base + e in self.coming}
+            believed = own_prefetch(own, target, believed, on_way | set(here), ids)
         if not self._low_pools:  # a predictor of low-precision copies beside a miss rule that keeps none
             believed = [expert % self.experts if expert >= 0 else expert for expert in believed]
         for expert in dict.fromkeys(believed):

@@ -16,10 +16,12 @@ from moesim.engine.clock import Clock
 from moesim.engine.events import Batch, Device, Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.links import Executor, Link
+from moesim.engine.own import OwnScheduling, own_predict, own_split, own_start
 from moesim.engine.residency import NEVER, Counts, Slots
 from moesim.engine.serve import Limits, Server
 from moesim.errors import MemoryBudgetError, PolicyError
 from moesim.policies import FCFS, GreedySLO, split_by_layer
+from moesim.policies.own import is_own
 from moesim.prediction import Beliefs, History
 from moesim.records import Records
 from moesim.systems.system import System
@@ -70,12 +72,13 @@ def simulate(
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
     """Serve the workload to its end. The same arguments give the same outcome, bit for bit."""
+    system = system.fresh()
     env = Clock()
     records = Records(detail)
     trace, table, limits = setting.trace, setting.table, setting.limits
     popularity = calibration_popularity(trace)
     if beliefs is None:
-        beliefs = system.predictor.predict(trace, setting.seed)
+        beliefs = own_predict(system.predictor, trace, setting.seed)
     next_use = next_uses(setting) if system.eviction.looks_ahead else None
     expert_bytes = [table.expert_bytes(layer) for layer in range(trace.layers)]
     total = sum(expert_bytes) * trace.info.experts if system.all_resident else setting.expert_bytes
@@ -98,6 +101,8 @@ def simulate(
     scheduling = system.scheduling
     if isinstance(scheduling, GreedySLO):
         scheduling = replace(scheduling, token_ns=sum(table.layers_ns([], [1])) + table.step_ns(1, 1))
+    if is_own(scheduling):
+        scheduling = OwnScheduling(scheduling)
     server = Server(
         env, device, table.model, setting.workload, scheduling, limits, records, planner.admitted, on_kv, on_tokens
     )
@@ -150,7 +155,8 @@ def _slots(total: int, expert_bytes: list[int], system: System, table: CostTable
         low = split_by_layer(int(total * misses.low_share), low_bytes)
         _check_room(system, "low-precision", low, low_bytes)
         total -= sum(low)
-    slots = Slots(system.capacity.split(total, expert_bytes, experts), system.scratch_slots(trace.top_k, experts), low)
+    split = own_split(system.capacity, total, expert_bytes, experts)
+    slots = Slots(split, system.scratch_slots(trace.top_k, experts), low)
     if misses.rule == "precision":
         _check_room(system, "full-precision", slots.per_layer, expert_bytes)
     return slots
@@ -174,12 +180,17 @@ def calibration_popularity(trace: Trace) -> NDArray[np.float64]:
 
 def _place(device: Device, system: System, popularity: NDArray[np.float64], trace: Trace) -> None:
     """Fill the cache before time begins, most popular first, layer by layer in turn."""
-    if system.placement.start == "empty":
+    placement = system.placement
+    if placement.own is not None:
+        for layer, expert in own_start(placement.own, popularity):
+            device.memory.place(layer, expert, placement.pinned)
+        return
+    if placement.start == "empty":
         return
     order = np.argsort(-popularity, axis=1, kind="stable")
     for rank in range(trace.info.experts):
         for layer in range(trace.layers):
-            device.memory.place(layer, int(order[layer, rank]), system.placement.pinned)
+            device.memory.place(layer, int(order[layer, rank]), placement.pinned)
 
 
 class _Planner:

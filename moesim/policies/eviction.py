@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moesim.errors import PolicyError, nearest
 
@@ -39,6 +40,7 @@ class Eviction:
     scope: what competes for a slot: the experts of one layer, or all of them.
     per_sequence: uses are forgotten when a new request is admitted.
     window: steps that `belady` looks ahead; 0 = to the end.
+    own: an object with `score(expert)` or `victim(experts)`, which decides in place of `score` (docs/add-a-policy.md).
     """
 
     score: tuple[tuple[str, float], ...] = (("lru", 1.0),)
@@ -46,9 +48,14 @@ class Eviction:
     combine: str = "sum"
     per_sequence: bool = False
     window: int = 0
+    own: Any = None
 
     def __post_init__(self) -> None:
-        if not self.score:
+        if self.own is not None:
+            if not (hasattr(self.own, "score") or hasattr(self.own, "victim")):
+                raise PolicyError(f"eviction {type(self.own).__name__} needs a method score(expert) or victim(experts)")
+            object.__setattr__(self, "score", ())
+        elif not self.score:
             raise PolicyError("eviction.score is empty; name at least one feature, such as lru")
         renamed = tuple((ALIASES.get(feature, feature), weight) for feature, weight in self.score)
         object.__setattr__(self, "score", renamed)
@@ -70,7 +77,12 @@ class Eviction:
 
     @property
     def changing(self) -> bool:
-        return self.window > 0 or any(feature in CHANGING for feature, _ in self.score)
+        return self.own is not None or self.window > 0 or any(feature in CHANGING for feature, _ in self.score)
+
+    @property
+    def counts(self) -> bool:
+        """Whether uses must be counted across evictions."""
+        return self.own is not None or any(feature == "count" for feature, _ in self.score)
 
     @property
     def outweighed(self) -> str:

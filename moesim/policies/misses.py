@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moesim.errors import PolicyError, nearest
 
@@ -25,6 +26,7 @@ class Misses:
     thresholds: (T1, T2) of the rule `precision`; low_bits: bits per weight of the low-precision copies it fetches;
     low_share: share of the expert memory kept for them.
     defer: so many host experts of a layer may finish during the next layer's attention (KTransformers).
+    own: an object with `on_miss(miss)`, which decides in place of `rule` (docs/add-a-policy.md).
     """
 
     rule: str = "fetch"
@@ -33,6 +35,7 @@ class Misses:
     low_bits: float | None = None
     low_share: float = 0.2
     defer: int = 0
+    own: Any = None
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -41,7 +44,11 @@ class Misses:
             raise PolicyError("misses.rule precision needs low_bits and a low_share between 0 and 1")
         if self.low_bits is not None and not 0 < self.low_bits <= 64:
             raise PolicyError(f"misses.low_bits {self.low_bits} must lie above 0 and up to 64 bits per weight")
-        if self.defer < 0 or (self.defer and self.rule not in ("host", "cheaper")):
+        if self.own is not None and (self.rule != "fetch" or not hasattr(self.own, "on_miss")):
+            raise PolicyError(
+                f"misses {type(self.own).__name__} needs a method on_miss(miss), and misses.rule fetch beside it"
+            )
+        if self.defer < 0 or (self.defer and not self.may_host):
             raise PolicyError(
                 f"misses.defer {self.defer} needs experts on the host; set misses.rule to host or cheaper"
             )
@@ -51,7 +58,11 @@ class Misses:
 
     @property
     def changes_outputs(self) -> bool:
-        return self.rule in ("reroute", "skip", "precision")
+        return self.rule in ("reroute", "skip", "precision") or self.own is not None
+
+    @property
+    def may_host(self) -> bool:
+        return self.rule in ("host", "cheaper") or self.own is not None
 
     @property
     def substitutes(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moesim.errors import PolicyError, nearest
 
@@ -15,11 +16,17 @@ STARTS = {
 
 @dataclass(frozen=True)
 class Placement:
-    """`pinned`: what is placed at the start never leaves."""
+    """`pinned`: what is placed at the start never leaves.
+
+    own: an object with `start(popularity)`, which names what is placed in place of `start` (docs/add-a-policy.md).
+    """
 
     start: str = "empty"
     pinned: bool = False
+    own: Any = None
 
     def __post_init__(self) -> None:
+        if self.own is not None and not hasattr(self.own, "start"):
+            raise PolicyError(f"placement {type(self.own).__name__} needs a method start(popularity)")
         if self.start not in STARTS:
             raise PolicyError(f"placement.start: unknown start '{self.start}'{nearest(self.start, STARTS)}")

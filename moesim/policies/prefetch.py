@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moesim.errors import PolicyError, nearest
 
@@ -22,6 +23,7 @@ class Prefetch:
     order: which copies go first; the orders over all layers go by the map of the newest belief.
     bulk: the step begins when all that was asked for at its start has landed (SiDA's released code).
     latency_ns: from the trigger to the first copy; blocking: the step waits for it (MoE-Infinity), else it runs beside.
+    own: an object with `prefetch(layer, experts, resident)`, which picks from what is believed (docs/add-a-policy.md).
     """
 
     per_layer: int | None = None
@@ -31,8 +33,11 @@ class Prefetch:
     blocking: bool = False
     order: str = "layer"
     bulk: bool = False
+    own: Any = None
 
     def __post_init__(self) -> None:
+        if self.own is not None and not hasattr(self.own, "prefetch"):
+            raise PolicyError(f"prefetch {type(self.own).__name__} needs a method prefetch(layer, experts, resident)")
         if self.per_layer is not None and self.per_layer < 1:
             raise PolicyError(f"prefetch.per_layer {self.per_layer} must be at least 1; leave prediction out for none")
         if self.latency_ns < 0:

@@ -31,6 +31,7 @@ from moesim.systems.ktransformers import ktransformers
 from moesim.systems.mc import mc
 from moesim.systems.meo import meo
 from moesim.systems.moe_infinity import moe_infinity
+from moesim.systems.own_file import is_file_spec, load_own
 from moesim.systems.pregated import pregated
 from moesim.systems.promoe import promoe
 from moesim.systems.samoyeds import samoyeds
@@ -89,7 +90,12 @@ __all__ = ["PREDICTORS", "SCHEDULERS", "SYSTEMS", "System", "load_system", "with
 
 
 def load_system(spec: str) -> System:
-    """`LRU`, `emoe`, `eMoE(variant='E', period=20)`: a name in any case, with keyword arguments if wanted."""
+    """`LRU`, `emoe`, `eMoE(variant='E', period=20)`: a name in any case, with keyword arguments if wanted.
+
+    `my_policy.py:MyPolicy` executes that file and takes the policy it defines (docs/add-a-policy.md).
+    """
+    if is_file_spec(spec):
+        return load_own(spec, load_system, _arguments)
     return _make("policy", spec, SYSTEMS)
 
 
@@ -108,7 +114,7 @@ def _take(part: str, spec: str) -> Any:
     name = spec.partition("(")[0].strip().lower()
     if part == "kernel" and name in KERNELS:
         return name
-    choices = CHOICES.get(part, {})
+    choices = {} if is_file_spec(spec) else CHOICES.get(part, {})
     if name in {known.lower() for known in choices}:
         return _make(part, spec, choices)
     if choices and name not in {known.lower() for known in SYSTEMS}:

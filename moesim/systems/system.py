@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral
 from typing import Any
@@ -22,8 +23,12 @@ from moesim.policies import (
     Scheduling,
     Transfer,
 )
+from moesim.policies.own import is_own
 from moesim.prediction import NoPrediction, Predictor
 from moesim.transforms import Transform
+
+ADOPTING: dict[str, type] = {"eviction": Eviction, "misses": Misses, "prefetch": Prefetch, "placement": Placement}
+CHOICES = (*ADOPTING, "capacity", "predictor", "scheduling")  # parts a plain object may decide, transforms apart
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class System:
     notes: tuple[str, ...] = ()  # what a reader of the result must know
 
     def __post_init__(self) -> None:
+        self._adopt()
         for f in fields(self):
             check_kinds(f.name, getattr(self, f.name))
         self._check_cache()
@@ -72,10 +78,47 @@ class System:
                 "place; set misses.rule to fetch, host or cheaper"
             )
 
+    def _adopt(self) -> None:
+        """Plain objects in the place of a declared choice become its `own`."""
+        for part, choice in ADOPTING.items():
+            if not isinstance(given := getattr(self, part), choice):
+                object.__setattr__(self, part, choice(own=given))
+        for part, method in (("capacity", "split"), ("predictor", "predict"), ("scheduling", "admit")):
+            if not hasattr(getattr(self, part), method):
+                raise PolicyError(f"{part} {type(getattr(self, part)).__name__} needs a method {method}")
+
+    @property
+    def own(self) -> tuple[tuple[str, Any], ...]:
+        """(part, object) of every choice that is a plain object of the user's."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        things = [(part, getattr(choice, "own", None) or choice) for part, choice in parts.items()]
+        return tuple((p, t) for p, t in things if p in CHOICES and is_own(t)) + tuple(
+            ("transforms", t) for t in self.transforms if is_own(t)
+        )
+
+    @property
+    def undeclared(self) -> str:
+        """Why only the event engine can run it: which parts ask a plain object in mid-run; "" where none does."""
+        asked = [part for part in ("eviction", "misses", "prefetch") if getattr(self, part).own is not None]
+        return f"{' and '.join(asked)} decided by {self.own_names}, a plain Python object" if asked else ""
+
+    @property
+    def own_names(self) -> str:
+        return ", ".join(dict.fromkeys(type(thing).__name__ for _, thing in self.own))
+
+    def fresh(self) -> System:
+        """The same system with plain objects as they were before any run: what they remember stays within one."""
+        try:
+            return deepcopy(self) if self.own else self
+        except Exception as error:
+            raise PolicyError(
+                f"{self.own_names} cannot be copied for a run of its own ({error}); keep open files and the like out"
+            ) from error
+
     def _check_cache(self) -> None:
         if self.placement.pinned and self.refresh is not None:
             raise PolicyError("pinned experts cannot be planned anew; set placement.pinned to false or refresh=LRU")
-        if self.placement.pinned and self.placement.start == "empty":
+        if self.placement.pinned and self.placement.start == "empty" and self.placement.own is None:
             raise PolicyError("placement.pinned needs experts to pin; set placement.start to hot or all")
         if self.all_resident and (not self.cache or self.misses.rule == "precision"):
             raise PolicyError(
@@ -138,4 +181,7 @@ def plain(value: Any) -> Any:
         return {"kind": type(value).__name__, **body} if body else type(value).__name__
     if isinstance(value, tuple):
         return [plain(v) for v in value]
+    if is_own(value) and hasattr(value, "__dict__"):
+        simple = {k: v for k, v in vars(value).items() if isinstance(v, int | float | str)}
+        return {"kind": type(value).__name__, **simple} if simple else type(value).__name__
     return value

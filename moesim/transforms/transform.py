@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.architecture import Model
+from moesim.policies.own import ask, refused
 from moesim.trace import Trace
 
 KINDS = ("lower_precision", "rerouted", "merged", "skipped")
@@ -45,7 +46,9 @@ def apply_all(transforms: Sequence[Transform], model: Model, trace: Trace, seed:
     """One after the other, with the shares of the first model's routed weight that all of them altered."""
     done = Transformed(model, trace, nothing(trace))
     for transform in transforms:
-        new = transform.apply(done.model, done.trace, seed)
+        new = ask(transform, "apply", done.model, done.trace, seed)
+        if not isinstance(new, Transformed):
+            raise refused(transform, "apply", new)
         limits = [n for n in (done.sequences, new.sequences) if n is not None]
         altered, notes = chain(done.altered, new.altered), (*done.notes, *new.notes)
         done = replace(new, altered=altered, notes=notes, sequences=min(limits, default=None))

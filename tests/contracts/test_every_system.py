@@ -1,0 +1,129 @@
+"""What every policy must keep, for every system there is, on a drawn trace and on real routing."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from moesim import contracts
+from moesim.contracts import CONTRACTS, Broken, DoesNotApply, Ground, check, small_ground
+from moesim.machine import load_machine
+from moesim.model import load_model
+from moesim.policies import Misses, Placement
+from moesim.prediction import Beliefs, Transitions
+from moesim.systems import SYSTEMS, System, load_system
+from moesim.trace.cut import cut
+from moesim.trace.io import read
+
+# All that the field knows them by: a name that is missing or changed breaks users' scripts.
+NAMES = (
+    "SiDA", "Samoyeds", "eMoE", "fMoE", "HOBBIT", "MC", "AdapMoE", "EEP", "SEER-MoE", "MEO", "TSEP", "on-demand",
+    "DeepSpeed", "static", "LRU", "LFU", "FIFO", "Belady", "Mixtral-Offloading", "Pre-gated", "MoE-Infinity", "ProMoE",
+    "Fiddler", "KTransformers", "ExpertFlow", "EPLB", "all-resident",
+)  # fmt: skip
+VARIANTS = (
+    "SiDA(variant='code')", "HOBBIT(variant='cooperative')", "MoE-Infinity(eviction='code')", "MC(odp=True)",
+    "KTransformers(gpu_experts=2, defer=1)", "AdapMoE(gating=True)", "MEO(level='task')", "eMoE(variant='L', period=2)",
+    "Belady-window(window=2)", "LRU(scope='global')", "EEP(merge=True)",
+)  # fmt: skip
+GROUND = small_ground()
+
+
+def hold(system: System, ground: Ground) -> None:
+    broken = [f"{v.contract}: {v.detail}" for v in check(system, ground) if v.held is False]
+    assert not broken, broken
+
+
+def test_every_name_of_the_field_is_known():
+    assert {name.lower() for name in NAMES} <= {name.lower() for name in SYSTEMS}
+
+
+@pytest.mark.parametrize("name", [*SYSTEMS, *VARIANTS])
+def test_every_system_keeps_the_contracts(name):
+    hold(load_system(name), GROUND)
+
+
+@pytest.fixture(scope="module")
+def shipped_ground(shipped):
+    trace = cut(read(shipped), requests=3)
+    return Ground(trace, load_model(trace.info.model), load_machine("rtx-4090"))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_serves_the_shipped_trace(name, shipped_ground):
+    for contract in (contracts.conservation, contracts.fidelity):
+        contract(load_system(name), shipped_ground)
+
+
+# -- the contracts themselves can be broken ------------------------------------------------------------------------
+
+
+def lru(**parts):
+    return replace(load_system("LRU"), **parts)
+
+
+class Peeks:
+    def predict(self, trace, seed):
+        return Beliefs(trace.experts, distance=1)
+
+
+class PeeksWithinTheToken:
+    """Believes at the start of a step what the step's first layer will choose."""
+
+    def predict(self, trace, seed):
+        named = trace.experts.copy()
+        named[:, 1:] = named[:, :1]
+        named[:, 0] = -1
+        return Beliefs(named, distance=0)
+
+
+class Dice:
+    def score(self, expert):
+        return random.random()
+
+
+class Forgetful:
+    """Holds back half of the memory, which leaves some layers nothing."""
+
+    def split(self, total, expert_bytes, experts):
+        return [0] * len(expert_bytes)
+
+
+@pytest.mark.parametrize(
+    ("contract", "system"),
+    [
+        (contracts.causality, lru(predictor=Peeks())),
+        (contracts.causality, lru(predictor=PeeksWithinTheToken())),
+        (contracts.same_bytes_twice, lru(eviction=Dice())),
+    ],
+)
+def test_a_policy_that_breaks_a_contract_is_found(contract, system):
+    with pytest.raises(Broken):
+        contract(system, GROUND)
+
+
+def test_a_policy_that_cannot_go_on_is_found():
+    found = {v.contract: v for v in check(lru(capacity=Forgetful()), GROUND)}
+    assert found["progress-with-one-slot"].held is False
+    assert "waiting for a slot" in found["conservation"].detail
+
+
+def test_an_engine_that_evicts_what_is_pinned_or_in_use_is_found(monkeypatch):
+    from moesim.engine.cache import Pool
+
+    def any_victim(self, guarded=False):
+        return next((e for e in self.entries.values() if e.landed and not e.busy), None)
+
+    monkeypatch.setattr(Pool, "victim", any_victim)
+    placed = Placement("hot", pinned=True)
+    pinned = System("x", misses=Misses("reroute"), placement=placed, predictor=Transitions(block=4))
+    with pytest.raises(Broken, match="pinned"):
+        contracts.evicts_only_idle(pinned, GROUND)
+
+
+def test_contracts_say_when_they_have_nothing_to_say():
+    with pytest.raises(DoesNotApply, match="looks ahead"):
+        contracts.causality(load_system("oracle"))
+    assert len(CONTRACTS) == len(list(check(load_system("EPLB"), GROUND)))
