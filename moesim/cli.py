@@ -210,12 +210,20 @@ def systems_list(context: typer.Context, as_json: JsonOption = False) -> None:
     rows = []
     for name, make in SYSTEMS.items():
         system = make()
-        what = (make.__doc__ or "").split("\n")[0]
-        quality = system.quality and asdict(system.quality)
-        rows.append({"name": name, "what": what, "source": system.source, "published_quality": quality})
-    width = max(len(name) for name in SYSTEMS)
-    text = "\n".join(f"{r['name']:{width}}  {r['what']}" for r in rows)
-    _print({"systems": rows}, text, as_json)
+        row = {"name": name, "what": (make.__doc__ or "").split("\n")[0], "source": system.source}
+        rows.append(row | {"needs": system.needs, "published_quality": system.quality and asdict(system.quality)})
+    _print({"systems": rows}, "\n".join(line for row in rows for line in _system_lines(row)), as_json)
+
+
+def _system_lines(row: dict[str, Any]) -> list[str]:
+    """A line on what a system does, then where it is from, what it asks of a trace and what its authors measured."""
+    quality = row["published_quality"]
+    more = {
+        "source": row["source"],
+        "needs": ", ".join(row["needs"]),
+        "published": quality and f"{quality['reported']} ({quality['source']})",
+    }
+    return [f"{row['name']:18}  {row['what']}", *(f"{'':20}{what}: {text}" for what, text in more.items() if text)]
 
 
 @systems.command("show")
@@ -229,7 +237,13 @@ def systems_show(name: str, as_json: JsonOption = False) -> None:
 
     system = load_system(name)
     quality = system.quality and asdict(system.quality)
-    body = {"source": system.source, **system.parts(), "published_quality": quality, "notes": list(system.notes)}
+    body = {
+        "source": system.source,
+        "needs": list(system.needs),
+        **system.parts(),
+        "published_quality": quality,
+        "notes": list(system.notes),
+    }
     _print(body, yaml.safe_dump(body, sort_keys=False, allow_unicode=True), as_json)
 
 

@@ -82,6 +82,10 @@ def test_systems_are_listed_and_shown(call):
     code, out, _ = call("systems")
     assert code == 0 and "eMoE" in out and "Fiddler" in out
     assert json.loads(call("systems", "show", "emoe", "--json")[1])["refresh"]["period"] == 40
+    assert "published: 98.2 to 98.8 %" in out and "needs: gate weights (else ranks)" in out
+    rows = {row["name"]: row for row in json.loads(call("systems", "--json")[1])["systems"]}
+    assert rows["LRU"]["published_quality"] is None and rows["LRU"]["needs"] == []
+    assert rows["TSEP"]["published_quality"]["source"] == "arXiv 2206.00277"
 
 
 def test_version_and_help(call):

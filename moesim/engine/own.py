@@ -40,9 +40,10 @@ class Resident:
         self.low = entry.expert >= experts
 
     def __getattr__(self, name: str) -> float:
-        feature = self._features.get(ALIASES.get(name, name))
+        feature = None if name.startswith("_") else self._features.get(ALIASES.get(name, name))
         if feature is None:
-            raise AttributeError(f"an expert has no '{name}'{nearest(name, [*self._features, *ALIASES])}")
+            known = () if name.startswith("_") else (*self._features, *ALIASES)
+            raise AttributeError(f"an expert has no '{name}'{nearest(name, known)}")
         return feature(self._entry)
 
     def __repr__(self) -> str:

@@ -76,6 +76,10 @@ class Eviction:
             raise PolicyError(f"eviction.scope '{self.scope}' must be one of {', '.join(SCOPES)}")
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return ("the future",) if self.looks_ahead else ()
+
+    @property
     def changing(self) -> bool:
         return self.own is not None or self.window > 0 or any(feature in CHANGING for feature, _ in self.score)
 

@@ -57,6 +57,11 @@ class Misses:
             raise PolicyError(f"misses.thresholds {low:g}, {high:g}: T1 must be at least 0 and T2 at least T1")
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        found = {"precision": "gate weights (else ranks)", "reroute": "gate probabilities (else popularity)"}
+        return (found[self.rule],) if self.rule in found else ()
+
+    @property
     def changes_outputs(self) -> bool:
         return self.rule in ("reroute", "skip", "precision") or self.own is not None
 

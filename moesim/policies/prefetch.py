@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from moesim.errors import PolicyError, nearest
 
@@ -59,6 +59,8 @@ class Refresh:
     predictor_params: size of the predictor network; its forward pass is what a plan costs.
     per_layer: the network is called once per layer instead of once for all of them.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("task labels (else one task)",)
 
     period: int = 40
     insensitive: tuple[str, ...] = ()

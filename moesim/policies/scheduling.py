@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from moesim.errors import PolicyError
 
@@ -40,6 +40,8 @@ class GreedySLO:
     t_i = load + (W + n_i G_i) c + r_i, where W is the newcomer's prompt, G_i the tokens request i still has to
     generate, n_i how many running requests outlast it, c the time per token and r_i the time i has been waiting.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("a promised time (--slo; else first come, first served)",)
 
     token_ns: int = 0  # c; filled in from the cost table by the replay
     load_ns: int = 0  # loading an admission causes; 0 while plans are shared by `period` requests

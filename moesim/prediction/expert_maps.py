@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ class ExpertMaps:
     store overwrites the map most redundant to the new one, RDY = d/L cos(semantic) + (L-d)/L cos(maps) (section 4.4).
     Without the column `probabilities` maps hold the chosen experts only: their weights, or 1/k each.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("gate probabilities (else the chosen experts)",)
 
     distance: int = 3
     store: int = 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ class RequestCounts:
     believed of it. Counts enter the store when their request ends; a full store loses the least often picked.
     The paper matches again after every layer; here once per step, as soon as the token before is known.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("several requests",)
 
     store: int = 1000
 

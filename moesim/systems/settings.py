@@ -69,6 +69,9 @@ def _with_fields(system: str, part: str, choice: Any, texts: dict[str, str]) -> 
         if name not in kinds:
             hint = nearest(name, kinds) if kinds else f"; {type(choice).__name__} has none, set {part}=NAME instead"
             raise PolicyError(f"--set {setting}: {part} has no '{name}'{hint}")
+        if getattr(choice, "own", None) is not None and name in ("score", "combine", "window", "rule", "start"):
+            own = type(choice.own).__name__
+            raise PolicyError(f"--set {setting}: {part} is decided by {own}; set {part}=SYSTEM first to replace it")
         values[name] = read_value(kinds[name], text, setting)
     if "score" in values and "combine" not in values:  # weights mean a sum, whatever the score they replace was
         values["combine"] = "sum"

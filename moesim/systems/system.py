@@ -97,6 +97,12 @@ class System:
         )
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """What a trace or a question must bring, and what stands in where it does not."""
+        choices = (*(getattr(self, f.name) for f in fields(self)), *self.transforms)
+        return tuple(dict.fromkeys(need for choice in choices for need in getattr(choice, "needs", ())))
+
+    @property
     def undeclared(self) -> str:
         """Why only the event engine can run it: which parts ask a plain object in mid-run; "" where none does."""
         asked = [part for part in ("eviction", "misses", "prefetch") if getattr(self, part).own is not None]

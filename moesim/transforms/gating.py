@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class SensitivityGating:
 
     threshold: T of the paper. sensitivity: S_l by layer; a table of another depth is read at the same relative depth.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("gate weights",)
 
     threshold: float = 0.005
     sensitivity: tuple[float, ...] = MIXTRAL_SENSITIVITY

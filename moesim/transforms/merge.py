@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from moesim.architecture import Model
 from moesim.trace import Trace
@@ -17,6 +18,8 @@ class Merge:
     The coefficients are searched for, starting from pruning; so bytes and routing are those of the pruned model, and
     all weight that is not skipped passes through an expert that the model did not have.
     """
+
+    needs: ClassVar[tuple[str, ...]] = Prune.needs
 
     pruned: Prune
 

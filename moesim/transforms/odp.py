@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ class DynamicPruning:
     layers: share of the layers the rule applies to, those first where it drops the least weight; 20 of 32 in the
         released code, which ranks them by a profiled loss.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("gate weights",)
 
     protected: float = 0.02
     layers: float = 20 / 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ class Prune:
     per MoE layer. The routing follows: experts of a token that stay keep their rank, and its next best survivors by
     gate probability (by popularity where the trace has none) fill the ranks of those that left.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("gate probabilities (else popularity)",)
 
     experts: int
     top_k: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ class ReplacedRouter:
     three. Experts are mixed by fixed weights, 1/2, 1/4, 1/4 for three (released code). The order beyond the chosen
     ranks is by gate probability, by popularity where the trace has none.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("gate probabilities (else popularity)",)
 
     top_k: int = 1
     accuracy: float = 0.95

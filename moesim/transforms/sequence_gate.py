@@ -38,6 +38,10 @@ class SequenceGate:
         if self.k < 1 or self.sequences < 1:
             raise PolicyError(f"MEO k {self.k} and sequences {self.sequences} must be at least 1")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("task labels",) if self.level == "task" else ("prompts (else a request's first token decides)",)
+
     def apply(self, model: Model, trace: Trace, seed: int) -> Transformed:
         if self.k > trace.info.experts:
             raise PolicyError(f"MEO merges {self.k} experts, but {model.name} has {trace.info.experts} per layer")

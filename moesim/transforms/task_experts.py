@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ class TaskExperts:
     requests. The dense models of the tasks differ, so the served model has one expert per layer and task: a cache of
     them switches between models. With one task, or no labels, a single expert is left.
     """
+
+    needs: ClassVar[tuple[str, ...]] = ("task labels (else one task)",)
 
     alpha: float = 0.5
 

@@ -164,6 +164,13 @@ def test_only_the_event_engine_runs_what_is_asked_in_mid_run():
     assert "eviction decided by Oldest" in lru(eviction=Oldest()).undeclared
 
 
+def test_a_field_that_ones_own_rule_does_not_ask_for_is_refused():
+    for own, field in ((lru(eviction=Oldest()), "eviction.score=lru"), (lru(misses=Cheaper()), "misses.rule=host")):
+        with pytest.raises(PolicyError, match="is decided by"):
+            with_settings(own, [field])
+    assert with_settings(lru(eviction=Oldest()), ["eviction=LFU", "eviction.scope=global"]).own == ()
+
+
 # -- files --------------------------------------------------------------------------------------------------------
 
 
