@@ -14,6 +14,7 @@ from typing import Any
 
 from moesim.errors import MoesimError, PolicyError, nearest
 from moesim.policies.own import METHODS
+from moesim.systems.settings import check_heard
 from moesim.systems.system import System
 
 _SPEC = re.compile(r"(?P<path>.+\.py)(:(?P<name>\w*)\s*(\((?P<rest>.*))?)?$", re.DOTALL)
@@ -119,4 +120,6 @@ def _composed(path: Path, name: str, thing: Any, load: Callable[[str], System]) 
             changes[part] = replace(choice, own=thing, rule="fetch", low_bits=None)
         else:
             changes[part] = replace(choice, own=thing) if hasattr(choice, "own") else thing
-    return replace(base, name=getattr(thing, "name", name), source="", notes=(), quality=None, **changes)
+    system = replace(base, name=getattr(thing, "name", name), source="", notes=(), quality=None, **changes)
+    check_heard(replace(system, name=base.name), changes)
+    return system

@@ -37,7 +37,7 @@ def change(system: System, settings: Iterable[str], take: Take) -> System:
         wholes[part] = _with_fields(system.name, part, wholes.get(part, getattr(system, part)), texts)
     changed = replace(system, **wholes)
     moved = [part for part in wholes if getattr(changed, part) != getattr(system, part)]
-    _check_heard(changed, moved)
+    check_heard(changed, moved)
     if any(part in OUTPUTS for part in moved):  # what was published is of another system
         changed = replace(changed, quality=None)
     return changed
@@ -142,29 +142,29 @@ _EXAMPLES = {
 }
 
 
-def _check_heard(system: System, moved: list[str]) -> None:
+def check_heard(system: System, moved: Iterable[str]) -> None:
     """Refuse to change what is never asked: the answer would be the old one under a new name."""
     cached = ("eviction", "capacity", "misses", "predictor", "prefetch", "transfer", "refresh")
     for part in moved:
         if system.all_resident and part in cached:
             other = f"--policy LRU --set transforms={system.name}" if system.transforms else "--policy LRU"
             raise PolicyError(
-                f"--set {part}: {system.name} keeps every expert on the device, so {part} has no effect; "
+                f"{part}: {system.name} keeps every expert on the device, so {part} has no effect; "
                 f"start from a system with a cache ({other}), or set all_resident=false and placement=LRU as well"
             )
         if part == "eviction" and not system.cache:
-            raise PolicyError(f"--set eviction: {system.name} has no cache to evict from; start from LRU instead")
+            raise PolicyError(f"eviction: {system.name} has no cache to evict from; start from LRU instead")
         if part == "eviction" and system.placement.pinned and not system.misses.keep:
             raise PolicyError(
-                f"--set eviction: what {system.name} keeps is pinned and never leaves; set placement=LRU and "
+                f"eviction: what {system.name} keeps is pinned and never leaves; set placement=LRU and "
                 "misses.keep=true as well"
             )
         if part == "prefetch" and isinstance(system.predictor, NoPrediction):
             raise PolicyError(
-                f"--set prefetch: {system.name} predicts nothing, so nothing is prefetched; set a predictor as well, "
+                f"prefetch: {system.name} predicts nothing, so nothing is prefetched; set a predictor as well, "
                 "such as predictor=transitions"
             )
         if part == "capacity" and system.eviction.scope == "global":
             raise PolicyError(
-                "--set capacity: with eviction.scope=global all layers share one cache; set eviction.scope=layer"
+                "capacity: with eviction.scope=global all layers share one cache; set eviction.scope=layer"
             )

@@ -232,6 +232,8 @@ CASES = {
     "class Mine:\n    def __init__(self): 1 / 0\n": ("{}:Mine", "line 2: Mine: ZeroDivisionError"),
     "class Mine:\n    base = 'LUR'\n    def score(self, e): ...\n": ("{}:Mine", "did you mean 'LRU'"),
     "class Mine:\n    base = 3\n    def score(self, e): ...\n": ("{}:Mine", "base 3 must be a System"),
+    "class Mine:\n    base = 'MC'\n    def score(self, e): ...\n": ("{}:Mine", "keeps every expert on the device"),
+    "class Mine:\n    def prefetch(self, layer, experts, resident): ...\n": ("{}:Mine", "predicts nothing"),
     "class Mine: ...\n": ("{}", "name the class in it; known: Mine"),
     "class Mine:\n    def score(self, e): ...\n#": ("{}:Mine(most=1)", "TypeError"),
     "class Mine:\n    def score(self, e): ...\n##": ("{}:Mine(1)", "write arguments as name=value"),
