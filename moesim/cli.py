@@ -173,26 +173,15 @@ def compare(
     """Replay one trace under several policies: paired differences, request by request."""
     from moesim.compare import compare as compare_policies
     from moesim.compare import format_comparison
+    from moesim.systems import split_specs
     from moesim.trace.io import read
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
         max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
     )  # fmt: skip
-    result = compare_policies(read(trace), _split(policies), question)
+    result = compare_policies(read(trace), split_specs(policies), question)
     _print(result, format_comparison(result), as_json, output)
-
-
-def _split(policies: str) -> list[str]:
-    """At commas outside brackets, so that `eMoE(variant='E', period=1),LRU` is two."""
-    names, depth = [""], 0
-    for char in policies:
-        depth += (char == "(") - (char == ")")
-        if char == "," and depth == 0:
-            names.append("")
-        else:
-            names[-1] += char
-    return [name.strip() for name in names if name.strip()]
 
 
 systems = typer.Typer(help="Published systems and baselines.", no_args_is_help=False, invoke_without_command=True)
@@ -263,9 +252,11 @@ def _mount() -> None:
     from moesim.commands.model import app as model_app
     from moesim.commands.policy import app as policy_app
     from moesim.commands.profile import app as profile_app
+    from moesim.commands.sweep import app as sweep_app
     from moesim.commands.trace import app as trace_app
 
     app.command()(calibrate)
+    app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")
     app.add_typer(policy_app, name="policy", help="Policies: check one, built in or your own.")

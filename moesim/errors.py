@@ -37,6 +37,10 @@ class MemoryBudgetError(MoesimError):
     """The memory asked for cannot hold what it must."""
 
 
+class SweepError(MoesimError):
+    """A sweep's specification or its results cannot be read or make no sense."""
+
+
 class CalibrationError(MoesimError):
     """A measurement, a profile or a table to import is incomplete or cannot be."""
 

@@ -45,9 +45,9 @@ def remark(message: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """Yield `advance(n)`: a bar on stderr for people, nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
+def progress(what: str, total: int, shown: bool = True) -> Iterator[Any]:
+    """Yield `advance(n)`: a bar with the time left on stderr for people, nothing where stderr is no terminal."""
+    if not (shown and sys.stderr.isatty()):
         yield lambda n=1: None
         return
     from rich.console import Console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ Floats = NDArray[np.float64]
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+_SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _LIGHT_BLUE = "rgba(0,114,178,0.18)"
 
 
@@ -124,6 +126,50 @@ def task_distances(names: Sequence[str], distance: Floats, noise: Floats) -> Fig
     )  # fmt: skip
     figure.update_xaxes(type="category", title="task (diagonal: two halves of one task)")
     figure.update_yaxes(type="category", title="task", autorange="reversed")
+    return figure
+
+
+def sweep_lines(
+    x: str, metric: str, series: str | None, points: Mapping[str, Sequence[tuple[Any, float, str]]],
+    order: Sequence[str] | None, scattered: bool, higher: bool,
+) -> Figure:  # fmt: skip
+    """Every point as (value of x, metric, its other choices) by series; a line joins the best at each x.
+
+    order: the values of x where they are names; scattered: whether several points share an x in a series.
+    """
+    figure = _figure(f"{metric} by {x}", x, metric)
+    for (name, found), colour in zip(points.items(), itertools.cycle(_SERIES)):
+        best: dict[Any, float] = {}
+        for at, value, _ in found:
+            best[at] = value if at not in best else (max if higher else min)(best[at], value)
+        at_x = [at for at in order if at in best] if order else sorted(best)
+        if scattered:
+            figure.add_scatter(
+                x=[p[0] for p in found], y=[p[1] for p in found], text=[p[2] for p in found], name=name,
+                mode="markers", marker={"color": colour, "size": 6, "opacity": 0.4}, showlegend=False,
+                legendgroup=name, hovertemplate="%{text}<br>%{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+            )  # fmt: skip
+        figure.add_scatter(
+            x=at_x, y=[best[at] for at in at_x], name=name, mode="lines+markers", legendgroup=name,
+            line={"color": colour, "width": 2}, hovertemplate="%{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+        )  # fmt: skip
+    if order:
+        figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(order))
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_layout(legend={"title": {"text": series or ""}})
+    return figure
+
+
+def sweep_ranking(metric: str, best: Sequence[tuple[str, float]]) -> Figure:
+    """The best points, (label, metric), as bars from the top."""
+    figure = _figure(f"The best {len(best)} points" if len(best) > 1 else "The one point", metric, "")
+    labels = [f"{rank}. {label}" for rank, (label, _) in enumerate(best, start=1)]
+    figure.add_bar(
+        x=[value for _, value in best], y=labels, orientation="h", marker={"color": BLUE},
+        text=[f"{value:.4g}" for _, value in best], hovertemplate="%{y}: %{x:.6g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category", ticks="")
+    figure.update_layout(height=max(420, 140 + 22 * len(best)))
     return figure
 
 

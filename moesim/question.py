@@ -21,6 +21,8 @@ from moesim.machine import Machine, load_machine
 from moesim.memory import Ledger, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
+from moesim.policies.own import is_own
+from moesim.prediction import Beliefs
 from moesim.records import Records
 from moesim.systems import System, load_system, with_settings
 from moesim.trace import PREFILL, Trace
@@ -221,22 +223,43 @@ def run(
     settings: list[str] | tuple[str, ...] = (),
     anchors: bool = True,
     detail: bool = False,
+    beliefs: tuple[Beliefs, ...] | None = None,
+    shown: bool = True,
 ) -> Run:
-    """Replay `trace` under `policy`. Raises a MoesimError where the question makes no sense."""
-    system = load_system(policy) if isinstance(policy, str) else policy
-    if settings:
-        system = with_settings(system, settings)
-        system = replace(system, name=f"{system.name} with {', '.join(settings)}")
+    """Replay `trace` under `policy`. Raises a MoesimError where the question makes no sense.
+
+    beliefs: what `predict` returned for the same arguments, where it is known already; shown: with progress bars.
+    """
+    system = compose(policy, settings)
     scene = Scene(trace, question).under(system)
     ledger = scene.ledger(system)
     if not _runs(system, ledger):
         return Run(_infeasible(scene, system, ledger), Records(False), ())
-    outcome = _simulate(scene, system, ledger, detail)
-    return Run(
-        _summary(scene, system, ledger, outcome, anchors),
-        outcome.records,
-        tuple(r.request_id for r in scene.workload.requests),
-    )
+    if beliefs is None and not is_own(system.predictor):  # a user's object may remember what it was asked
+        beliefs = system.predictor.predict(scene.trace, question.seed)
+    outcome = _simulate(scene, system, ledger, detail, shown=shown, beliefs=beliefs)
+    summary = _summary(scene, system, ledger, outcome)
+    if anchors:
+        summary |= _anchors(scene, system, ledger, summary["metrics"], beliefs, shown)
+    summary["notes"] = _notes(scene, system)
+    return Run(summary, outcome.records, tuple(r.request_id for r in scene.workload.requests))
+
+
+def compose(policy: str | System, settings: list[str] | tuple[str, ...] = ()) -> System:
+    """The system of that name with `settings` changed. Raises PolicyError where they make no sense."""
+    system = load_system(policy) if isinstance(policy, str) else policy
+    if settings:
+        system = with_settings(system, settings)
+        system = replace(system, name=f"{system.name} with {', '.join(settings)}")
+    return system
+
+
+def predict(trace: Trace, system: System, question: Question) -> tuple[Beliefs, ...]:
+    """What `system` believes of `trace` under `question`; machine, memory and concurrency have no part in it."""
+    model, trace = Scene(trace, question).given
+    if system.transforms:
+        trace = apply_all(system.transforms, model, trace, question.seed).trace
+    return system.predictor.predict(trace, question.seed)
 
 
 def replay(trace: Trace | Path | str, policy: str | System = "LRU", **options: Any) -> Run:
@@ -248,17 +271,16 @@ def replay(trace: Trace | Path | str, policy: str | System = "LRU", **options: A
 
 
 def _simulate(
-    scene: Scene, system: System, ledger: Ledger, detail: bool = False, scale: str = "default", shown: bool = True
-) -> Outcome:
+    scene: Scene, system: System, ledger: Ledger, detail: bool = False, scale: str = "default", shown: bool = False,
+    beliefs: tuple[Beliefs, ...] | None = None,
+) -> Outcome:  # fmt: skip
     setting = scene.setting(system, ledger, scale)
     rows = sum(len(r.prefill) + len(r.decode) for r in scene.workload.requests)
-    if not shown:
-        return simulate(setting, system, detail)
-    with progress(f"{system.name}: tokens", rows) as advance:
-        return simulate(setting, system, detail, on_tokens=advance)
+    with progress(f"{system.name}: tokens", rows, shown) as advance:
+        return simulate(setting, system, detail, beliefs, on_tokens=advance)
 
 
-def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anchors: bool) -> dict[str, Any]:
+def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> dict[str, Any]:
     numbers = _numbers(outcome)
     altered = scene.altered(system)
     status, reason = _status(scene, system, ledger, outcome, numbers)
@@ -277,9 +299,6 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, anc
         "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
-    if anchors:
-        summary |= _anchors(scene, system, ledger, numbers)
-    summary["notes"] = _notes(scene, system)
     return summary
 
 
@@ -397,19 +416,26 @@ def _notes(scene: Scene, system: System) -> list[str]:
 # -- anchors and error bars ---------------------------------------------------------------------------------------
 
 
-def _anchors(scene: Scene, system: System, ledger: Ledger, numbers: dict[str, Any]) -> dict[str, Any]:
+def _anchors(
+    scene: Scene,
+    system: System,
+    ledger: Ledger,
+    numbers: dict[str, Any],
+    beliefs: tuple[Beliefs, ...] | None,
+    shown: bool,
+) -> dict[str, Any]:
     """The four anchors, the physical ceiling and the cost band, on the first requests of the workload."""
     sample = _sample(scene)
     whole = len(sample.workload.requests) == len(scene.workload.requests)
-    base = numbers if whole else _numbers(_simulate(sample, system, ledger, shown=False))
+    base = numbers if whole else _numbers(_simulate(sample, system, ledger, beliefs=beliefs))
     found: dict[str, Any] = {}
-    with progress("anchors and error bar", len(ANCHORS) + 3) as advance:
+    with progress("anchors and error bar", len(ANCHORS) + 3, shown) as advance:
         for name, anchor in ANCHORS.items():
             found[name] = _anchor(sample.untransformed(), anchor)
             advance()
         band = {}
         for scale in ("low", "high"):
-            band[scale] = _numbers(_simulate(sample, system, ledger, scale=scale, shown=False))
+            band[scale] = _numbers(_simulate(sample, system, ledger, scale=scale, beliefs=beliefs))
             advance()
         top = metrics.throughput_metrics(ceiling(sample.setting(system, ledger)))["output_throughput"]
         advance()
@@ -454,7 +480,7 @@ def _anchor(scene: Scene, name: str) -> dict[str, Any]:
         ledger = scene.ledger(system)
         if not system.all_resident and not _runs(system, ledger):
             return {"error": f"{ledger.verdict}: {ledger.reason}"}
-        return _brief(_numbers(_simulate(scene, system, ledger, shown=False))) | {"fits": ledger.verdict != "OOM"}
+        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": ledger.verdict != "OOM"}
     except MemoryBudgetError as error:
         return {"error": str(error)}
 

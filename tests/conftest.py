@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import moesim.cli
 from moesim.trace import Trace
 from moesim.trace.io import write
 from tests.scenes import random_trace
@@ -72,3 +74,17 @@ def public_data() -> Path:
     if not PUBLIC.is_dir():
         pytest.skip("the folder of public data is not beside this checkout")
     return PUBLIC
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """main() in this process: (exit code, stdout, stderr)."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            moesim.cli.main()
+        out = capsys.readouterr()
+        return int(left.value.code or 0), out.out, out.err
+
+    return run

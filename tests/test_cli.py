@@ -24,20 +24,6 @@ def moesim_(*args: object, cwd: Path | None = None) -> subprocess.CompletedProce
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """main() in this process: (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moesim", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            moesim.cli.main()
-        out = capsys.readouterr()
-        return int(left.value.code or 0), out.out, out.err
-
-    return run
-
-
-@pytest.fixture
 def asked(trace_file, small_config):
     """The arguments of a small replay."""
     return ("replay", trace_file, "--model", small_config, "--slots-per-layer", 4)

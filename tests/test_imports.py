@@ -27,6 +27,7 @@ ROOMS = [
     ["metrics", "timeline", "plots", "profile_plots", "contracts"],
     ["question"],
     ["compare", "page", "model_report"],
+    ["plan"],
     ["commands", "cli"],
 ]
 HEAVY = ("torch", "plotly", "streamlit", "pandas", "numba", "scipy.optimize", "scipy.stats", "sklearn")

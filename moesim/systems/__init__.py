@@ -86,7 +86,16 @@ PREDICTORS: dict[str, Callable[..., Any]] = {
 SCHEDULERS: dict[str, Callable[..., Any]] = {"fcfs": FCFS, "greedy-slo": GreedySLO}
 CHOICES = {"predictor": PREDICTORS, "scheduling": SCHEDULERS}  # parts that also have names of their own
 
-__all__ = ["PREDICTORS", "SCHEDULERS", "SYSTEMS", "System", "load_system", "with_setting", "with_settings"]
+__all__ = [
+    "PREDICTORS",
+    "SCHEDULERS",
+    "SYSTEMS",
+    "System",
+    "load_system",
+    "split_specs",
+    "with_setting",
+    "with_settings",
+]
 
 
 def load_system(spec: str) -> System:
@@ -97,6 +106,18 @@ def load_system(spec: str) -> System:
     if is_file_spec(spec):
         return load_own(spec, load_system, _arguments)
     return _make("policy", spec, SYSTEMS)
+
+
+def split_specs(text: str) -> list[str]:
+    """At commas outside brackets, so that `eMoE(variant='E', period=1),LRU` is two."""
+    names, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if char == "," and depth == 0:
+            names.append("")
+        else:
+            names[-1] += char
+    return [name.strip() for name in names if name.strip()]
 
 
 def with_settings(system: System, settings: Iterable[str]) -> System:

@@ -24,6 +24,12 @@ def is_file_spec(spec: str) -> bool:
     return _SPEC.match(spec.strip()) is not None
 
 
+def own_file(spec: str) -> Path | None:
+    """The file named by `FILE.py:NAME`, or by a setting `part=FILE.py:NAME`; None where none is."""
+    match = _SPEC.match(spec.partition("=")[2].strip()) or _SPEC.match(spec.strip())
+    return Path(match["path"]) if match else None
+
+
 def load_own(spec: str, load: Callable[[str], System], arguments: Callable[[str, str], dict[str, Any]]) -> System:
     """The system that `FILE.py:NAME` or `FILE.py:NAME(argument=value)` stands for.
 

@@ -1,0 +1,1 @@
+"""Many questions at once: sweeps, and what spreads them over processes and machines."""
