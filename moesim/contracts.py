@@ -134,8 +134,14 @@ def conservation(system: System, ground: Ground | None = None) -> None:
 
 
 def fidelity(system: System, ground: Ground | None = None) -> None:
-    """No more routed weight is altered in serving than was routed, in any layer, for any task."""
-    setting, out = _serve(system, ground or small_ground())
+    """No more routed weight is altered, before or in serving, than was routed in any layer for any task."""
+    ground = ground or small_ground()
+    done = apply_all(system.transforms, ground.model, ground.trace, 0)
+    _require(np.array_equal(done.trace.request, ground.trace.request), "a transform must keep every row of the trace")
+    cells, shares = (ground.trace.layers, len(ground.trace.tasks)), list(done.altered.values())
+    shaped = all(share.shape == cells and (share >= 0).all() for share in shares)
+    _require(shaped and bool(np.all(sum(shares) <= 1 + 1e-9)), f"altered shares must be parts of one, {cells} of them")
+    setting, out = _serve(system, ground)
     trace = setting.trace
     for layer in range(trace.layers):
         weights = trace.routed_weight(layer).sum(axis=1)

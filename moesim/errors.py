@@ -49,5 +49,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of what is known: the remedy part of an unknown-name error."""
     names = sorted(known, key=str.lower)
     folded = {n.lower(): n for n in names}
-    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name).lower(), folded, n=1, cutoff=0.5)
     return f"; did you mean '{folded[close[0]]}'?" if close else f"; known: {', '.join(names)}"

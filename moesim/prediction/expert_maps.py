@@ -56,7 +56,7 @@ class ExpertMaps:
         shape = (trace.tokens, trace.layers, trace.info.experts)
         named = [np.full(shape, -1, dtype=np.int16) for _ in range(2)]
         maps = [np.zeros(shape, dtype=np.float16) for _ in range(2)]
-        store = _Store(self.store, min(self.distance, trace.layers), trace)
+        store = _Store(min(self.store, trace.tokens), min(self.distance, trace.layers), trace)
         learned = int(trace.first_row[int(0.7 * len(trace.requests))]) if self.offline else 0
         if learned:
             for rows in _blocks(0, learned):

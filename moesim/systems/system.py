@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
-from numbers import Integral
-from typing import Any
+from functools import lru_cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from moesim.costs.table import KERNELS
 from moesim.errors import PolicyError, nearest
@@ -163,21 +165,56 @@ class System:
 
 
 def check_kinds(name: str, choice: Any) -> None:
-    """Numbers that are declared whole are whole, the others finite, in a choice or in each of several."""
+    """Every field of a choice, or of each of several, holds what it is declared to hold; numbers are finite."""
     for one in choice if isinstance(choice, tuple) else (choice,):
-        for f in fields(one) if is_dataclass(one) else ():
-            value, kind = getattr(one, f.name), str(f.type)
+        if not is_dataclass(one) or is_own(one):
+            continue
+        for field_name, kind in _hints(one.__class__).items():
+            value = getattr(one, field_name)
+            if not fits(value, kind):
+                raise PolicyError(f"{name}.{field_name} {value!r} must be {_words(kind)}")
             if is_dataclass(value):
-                check_kinds(f"{name}.{f.name}", value)
-            elif (kind.startswith("int") and not isinstance(value, Integral | None)) or not _finite(value):
-                rule = "a whole number" if kind.startswith("int") else "finite numbers"
-                raise PolicyError(f"{name}.{f.name} {value!r} must be {rule}")
+                check_kinds(f"{name}.{field_name}", value)
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(_finite(item) for item in value)
-    return not isinstance(value, float) or math.isfinite(value)
+@lru_cache
+def _hints(choice: type) -> dict[str, Any]:
+    hints = get_type_hints(choice)
+    return {f.name: hints[f.name] for f in fields(choice)}
+
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "a word",
+    "NoneType": "none",
+    "tuple[float, ...]": "numbers in round brackets, such as (0.9, 0.8)",
+    "tuple[str, ...]": "words in round brackets, such as ('a', 'b')",
+}
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_words(one) for one in get_args(kind))
+    name = str(kind) if get_origin(kind) else kind.__name__
+    return _WORDS.get(name, name)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is of the declared kind; kinds that are neither plain nor tuples of such always fit."""
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(kinds) == len(value) and all(fits(v, k) for v, k in zip(value, kinds, strict=True))
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, kind) if kind in (str, bool, NoneType) else True
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 
 from moesim import contracts
 from moesim.contracts import CONTRACTS, Broken, DoesNotApply, Ground, check, small_ground
+from moesim.errors import MoesimError
 from moesim.machine import load_machine
 from moesim.model import load_model
 from moesim.policies import Misses, Placement
@@ -18,6 +20,7 @@ from moesim.trace.cut import cut
 from moesim.trace.importers import import_trace
 from moesim.trace.io import read
 from moesim.trace.synth import draw, from_parameters
+from moesim.transforms.transform import Transformed, nothing
 
 # All that the field knows them by: a name that is missing or changed breaks users' scripts.
 NAMES = (
@@ -73,10 +76,30 @@ def mixtral_ground():
     return ground(draw(routing, 3, 2, 2, seed=1), model, 12)
 
 
-@pytest.mark.parametrize("on", ["shipped", "gpt_oss", "mixtral"])
+@pytest.fixture(scope="module")
+def bare_ground():
+    """Expert ids and nothing else."""
+    trace = replace(GROUND.trace, weights=None, probabilities=None)
+    return replace(GROUND, trace=replace(trace, requests=replace(trace.requests, task=("",) * len(trace.requests))))
+
+
+@pytest.mark.parametrize("on", ["bare", "shipped", "gpt_oss", "mixtral"])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_serves_real_and_drawn_routing(name, on, request):
     hold(load_system(name), request.getfixturevalue(f"{on}_ground"))
+
+
+WRONG = ("None", "-1", "0", "1000000000", "1e300", "1.5", "'x'", "()", "(1,)", "[]", "True")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_arguments_of_any_kind_and_size_are_refused_or_served(name):
+    for parameter in inspect.signature(SYSTEMS[name]).parameters:
+        for value in WRONG:
+            try:
+                contracts.conservation(load_system(f"{name}({parameter}={value})"), GROUND)
+            except MoesimError as refused:
+                assert "\n" not in str(refused)
 
 
 # -- the contracts themselves can be broken ------------------------------------------------------------------------
@@ -113,9 +136,18 @@ class Forgetful:
         return [0] * len(expert_bytes)
 
 
+class Overdone:
+    """Says that it altered more weight than there is."""
+
+    def apply(self, model, trace, seed):
+        shares = {kind: share + 0.5 for kind, share in nothing(trace).items()}
+        return Transformed(model, trace, shares)
+
+
 @pytest.mark.parametrize(
     ("contract", "system"),
     [
+        (contracts.fidelity, lru(transforms=(Overdone(),))),
         (contracts.causality, lru(predictor=Peeks())),
         (contracts.causality, lru(predictor=PeeksWithinTheToken())),
         (contracts.same_bytes_twice, lru(eviction=Dice())),

@@ -316,21 +316,9 @@ def own_trace(shipped):
     return cut(read(shipped), requests=10)
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_contract_on_the_shipped_trace(own_trace, name):
-    """Every request served, every lookup accounted for, residency within memory, and the same twice."""
-    one, two = (run(own_trace, name, Question(slots_per_layer=6), anchors=False) for _ in range(2))
-    assert one.summary == two.summary
-    m, memory = one.summary["metrics"], one.summary["memory"]
-    assert m["completed"] == 10 and m["hits"] + m["lates"] + m["misses"] == m["lookups"] > 0
-    assert memory["peak_resident_expert_bytes"] <= memory["expert_bytes"]
-
-
-def test_systems_run_on_traces_with_ids_only(own_trace):
+def test_precision_by_rank_alone_is_told(own_trace):
     bare = replace(own_trace, weights=None, probabilities=None)
-    for name in ("fMoE", "HOBBIT", "AdapMoE", "MoE-Infinity"):
-        assert run(bare, name, Question(slots_per_layer=6), anchors=False).summary["metrics"]["completed"] == 10
-    notes = run(bare, "HOBBIT", Question(slots_per_layer=6), anchors=False).summary["notes"]
+    notes = run(bare, "HOBBIT", Question(slots_per_layer=6, num_prompts=1), anchors=False).summary["notes"]
     assert any("gate weights" in note for note in notes)
 
 
