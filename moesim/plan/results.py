@@ -55,7 +55,7 @@ def row(job: Job, summary: dict[str, Any]) -> Row:
         "expert_bits": inputs["system"]["expert_bits"] or inputs["model"]["expert_bits"],
         "gpu_slots_per_layer": summary["memory"]["slots_per_layer"],
         "limited_by": summary.get("bottleneck", {}).get("limited_by"),
-        "exact": summary.get("routing_fidelity", {}).get("exact"),
+        "exact": summary.get("routing_fidelity", {}).get("overall", {}).get("exact"),
         "ceiling_reached": summary.get("ceiling", {}).get("reached"),
         "summary": to_json(summary),
         **summary["metrics"],

@@ -64,6 +64,7 @@ def test_every_point_is_answered_as_replay_answers_it(points, folder):
             name: value for name, value in alone["metrics"].items() if value is not None
         }
         assert json.loads(row["summary"])["inputs"]["trace"] == alone["inputs"]["trace"]
+        assert row["exact"] == alone["routing_fidelity"]["overall"]["exact"]
     assert not rows
 
 
