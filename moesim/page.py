@@ -64,18 +64,24 @@ def _fidelity_lines(fidelity: dict[str, Any], published: dict[str, str] | None) 
     """What became of the routed weight, over all and by task, and what the authors say that does to quality."""
     lines = []
     if fidelity["overall"]["exact"] < 1:
-        rows = {"all": fidelity["overall"], **dict(list(fidelity["by_task"].items())[:TASKS_SHOWN])}
-        kinds = [kind for kind in FIDELITY if kind == "exact" or any(row[kind] for row in rows.values())]
-        width = max(len(name) for name in rows)
+        tasks = list(fidelity["by_task"].items())
+        rows = [("all", fidelity["overall"]), *((_label(task), row) for task, row in tasks[:TASKS_SHOWN])]
+        kinds = [kind for kind in FIDELITY if kind == "exact" or any(row[kind] for _, row in rows)]
+        width = max(len(name) for name, _ in rows)
         titles = "".join(f"{kind.replace('_', ' '):>17}" for kind in kinds)
         lines.append(f"routed weight {'':{width}}{titles}")
-        for name, row in rows.items():
-            lines.append(f"  {name:{width + 12}}" + "".join(f"{row[kind]:17.1%}" for kind in kinds))
-        if more := len(fidelity["by_task"]) - TASKS_SHOWN:
-            lines += [f"  and {more} tasks more, see --json"] if more > 0 else []
+        lines += [f"  {name:{width + 12}}" + "".join(f"{row[kind]:17.1%}" for kind in kinds) for name, row in rows]
+        if len(tasks) > TASKS_SHOWN:
+            lines.append(f"  and {len(tasks) - TASKS_SHOWN} tasks more, see --json")
     if published:
         lines.append(f"quality       not predicted; published: {published['reported']} ({published['source']})")
     return lines
+
+
+def _label(task: str) -> str:
+    """A task's name, which may come from anywhere, fit for one cell."""
+    shown = task if task.isprintable() else ascii(task)
+    return shown if len(shown) <= 32 else shown[:31] + "…"
 
 
 def _limit_lines(s: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def test_reroute_reports_which_share_was_served_as_chosen(ask):
     assert plain["published_quality"] is None and plain["routing_fidelity"]["by_layer"]["exact"] == [1, 1, 1]
     exact = {"exact": 1, "lower_precision": 0, "rerouted": 0, "merged": 0, "skipped": 0}
     assert plain["routing_fidelity"]["overall"] == plain["routing_fidelity"]["by_task"]["b"] == exact
+
+
+def test_tasks_of_any_name_and_number_fit_the_page(ask):
+    trace = small_trace(requests=20, tokens=400, weights=True)
+    names = ("all", "\x1b[31mred", "long" * 40, *(f"t{i:02}" for i in range(17)))
+    result = ask(
+        "eMoE(period=2)", trace=replace(trace, requests=replace(trace.requests, task=names)), slots_per_layer=2
+    )
+    page = format_run(result)
+    assert "\x1b" not in page and "and 8 tasks more" in page and page.count("\n  all ") == 2
 
 
 def test_emoe_calls_its_predictor_every_period(ask, monkeypatch):

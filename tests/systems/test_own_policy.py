@@ -13,6 +13,8 @@ from moesim.engine.residency import H2D, SKIPPED
 from moesim.engine.simulate import simulate
 from moesim.errors import PolicyError
 from moesim.policies import Eviction, Misses, Prefetch
+from moesim.policies.eviction import FEATURES
+from moesim.prediction import RequestCounts
 from moesim.question import Question, run
 from moesim.systems import System, load_system, with_settings
 from moesim.trace import WEIGHT_ONE
@@ -56,6 +58,30 @@ def test_a_rule_of_ones_own_decides_as_the_declared_one_does(own, name, scope):
     theirs = serve(trace, load_system(f"{name}(scope='{scope}')"), 3, concurrency=2)
     assert mine.counts == theirs.counts and mine.elapsed_ns == theirs.elapsed_ns
     assert mine.records.transfers.to_arrow().equals(theirs.records.transfers.to_arrow())
+
+
+class Feature:
+    def __init__(self, name):
+        self.name = name
+
+    def score(self, expert):
+        return getattr(expert, self.name)
+
+
+@pytest.mark.parametrize("name", sorted(set(FEATURES) - {"belady"}))
+def test_every_feature_is_there_under_its_name(name):
+    trace = random_trace(60, 3, 8, 2, seed=4, requests=4, prompt=2)
+    base = replace(load_system("eMoE(period=1)"), misses=Misses(), predictor=RequestCounts())
+    declared, own = (replace(base, eviction=e) for e in (Eviction(((name, 1.0),)), Eviction(own=Feature(name))))
+    one, two = (serve(trace, system, 3, concurrency=2) for system in (declared, own))
+    assert one.counts == two.counts and one.counts.evictions and one.elapsed_ns == two.elapsed_ns
+
+
+def test_no_feature_looks_ahead():
+    with pytest.raises(PolicyError, match="has no 'belady'"):
+        serve(random_trace(60, 3, 8, 2, seed=4), lru(eviction=Feature("belady")), 3)
+    with pytest.raises(PolicyError, match="did you mean 'lru'"):
+        serve(random_trace(60, 3, 8, 2, seed=4), lru(eviction=Feature("lur")), 3)
 
 
 class Cheaper:
