@@ -1,0 +1,181 @@
+"""Real experts: weights in host memory or in a file, slots on the device, and the arithmetic of one expert."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIGH_BITS, LOW_BITS = 32, 16
+DTYPES = {HIGH_BITS: torch.float32, LOW_BITS: torch.bfloat16}  # bits per weight that experts are kept in
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Gated experts of three [hidden, ffn] matrices, `experts` in each of `layers` layers."""
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    ffn: int
+
+    @property
+    def weights(self) -> int:
+        return 3 * self.hidden * self.ffn
+
+    def nbytes(self, bits: float = HIGH_BITS) -> int:
+        return self.weights * int(bits) // 8
+
+
+class Backend:
+    """Where experts are computed. On a GPU copies have a stream of their own; each call below waits for its own."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if self.cuda else None
+
+    def computed(self) -> None:
+        """Wait for the kernels of this thread, not for copies."""
+        if self.cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def copying(self) -> Any:
+        return torch.cuda.stream(self._copies) if self._copies is not None else nullcontext()
+
+    def copied(self) -> None:
+        if self._copies is not None:
+            self._copies.synchronize()
+
+
+class HostExperts:
+    """Every expert at one precision: in memory (pinned beside a GPU), or in an unlinked file read with `preadv`.
+
+    One layer is drawn and the others repeat it, which costs the same to copy and to compute.
+    """
+
+    def __init__(self, shape: Shape, bits: int, pinned: bool = False, on_disk: bool = False) -> None:
+        self.shape, self.bits, self.nbytes = shape, bits, shape.nbytes(bits)
+        generator = torch.Generator().manual_seed(0)
+        layer = torch.randn(shape.experts, shape.weights, generator=generator) / shape.hidden**0.5
+        layer = layer.to(DTYPES[bits])
+        self._file: int | None = None
+        if on_disk:
+            self._memory = layer
+            self._file = self._write(layer)
+        else:
+            self._memory = layer.repeat(shape.layers, 1)
+            if pinned:
+                self._memory = self._memory.pin_memory()
+
+    def _write(self, layer: Tensor) -> int:
+        handle, name = tempfile.mkstemp(prefix="moesim-experts-")
+        Path(name).unlink()
+        try:
+            for _ in range(self.shape.layers):
+                for expert in layer:
+                    os.write(handle, _bytes(expert))
+        except OSError:
+            os.close(handle)
+            raise
+        return handle
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def of(self, layer: int, expert: int) -> Tensor:
+        """The expert in host memory; a file's weights are those of its one drawn layer."""
+        return self._memory[expert if self._file is not None else layer * self.shape.experts + expert]
+
+    def copy_to(self, slot: Tensor, layer: int, expert: int, part: int = 0, parts: int = 1) -> None:
+        """Bring one of `parts` equal pieces into `slot`; on a GPU the copy is only queued."""
+        size = self.shape.weights // parts
+        piece = slot[part * size : (part + 1) * size]
+        if self._file is None:
+            piece.copy_(self.of(layer, expert)[part * size : (part + 1) * size], non_blocking=True)
+            return
+        width = self.bits // 8
+        place = (layer * self.shape.experts + expert) * self.nbytes + part * size * width
+        if os.preadv(self._file, [_bytes(piece)], place) != size * width:
+            raise OSError(f"short read of layer {layer} expert {expert}")
+
+
+def _bytes(values: Tensor) -> memoryview:
+    """A CPU tensor's memory."""
+    return values.view(torch.uint8).numpy().data
+
+
+def forward(shape: Shape, weights: Tensor, x: Tensor) -> Tensor:
+    """One gated expert over rows of `x` [tokens, hidden]; low-precision weights are unpacked first."""
+    weights = weights.to(x.dtype)
+    size = shape.hidden * shape.ffn
+    gate, up, down = (weights[i * size : (i + 1) * size] for i in range(3))
+    inner = torch.nn.functional.silu(x @ gate.view(shape.hidden, shape.ffn)) * (x @ up.view(shape.hidden, shape.ffn))
+    return inner @ down.view(shape.ffn, shape.hidden)
+
+
+class Stage:
+    """All of one shape: its experts in host memory, slots on the device, hidden states, and the work of a layer."""
+
+    def __init__(
+        self, shape: Shape, backend: Backend, slots: int, low_slots: int, rows: int, on_disk: bool = False
+    ) -> None:
+        self.shape, self.backend = shape, backend
+        counts = {HIGH_BITS: slots, LOW_BITS: low_slots}
+        self.host = {
+            bits: HostExperts(shape, bits, pinned=backend.cuda, on_disk=on_disk) for bits, n in counts.items() if n
+        }
+        self.slots = {
+            bits: list(torch.full((n, shape.weights), 0.01, dtype=DTYPES[bits], device=backend.device))
+            for bits, n in counts.items()
+        }
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(rows, shape.hidden, generator=generator).to(backend.device)
+        self.out = torch.zeros_like(self.x)
+        self._mixer = torch.randn(shape.hidden, shape.hidden, generator=generator).to(backend.device)
+        self.host_x = self.x.cpu()
+
+    def close(self) -> None:
+        for experts in self.host.values():
+            experts.close()
+
+    def mixer(self, rows: int) -> None:
+        """What stands in for attention, router and dense parts: four square products over the step's tokens."""
+        self.out[:rows].zero_()
+        x = self.x[:rows]
+        for _ in range(4):
+            x = x @ self._mixer
+        self.backend.computed()
+
+    def compute(self, parts: list[tuple[Tensor, list[int]]]) -> None:
+        """Add the output of every (weights, token rows) to `out`; returns when it is there."""
+        for weights, rows in parts:
+            index = torch.tensor(rows, device=self.backend.device)
+            self.out.index_add_(0, index, forward(self.shape, weights, self.x[index]))
+        self.backend.computed()
+
+    def copy(self, slot: Tensor, bits: int, layer: int, expert: int, part: int = 0, parts: int = 1) -> None:
+        """Bring an expert, or a piece of it, to the device; returns when it is there."""
+        with self.backend.copying():
+            self.host[bits].copy_to(slot, layer, expert, part, parts)
+        self.backend.copied()
+
+    def on_host(self, layer: int, expert: int, rows: list[int]) -> Tensor:
+        """One expert on the CPU, from where it lies: its output in host memory."""
+        return forward(self.shape, self.host[HIGH_BITS].of(layer, expert), self.host_x[torch.tensor(rows)])
+
+    def add(self, rows: list[int], values: Tensor) -> None:
+        """Host results join those of the device."""
+        self.out.index_add_(0, torch.tensor(rows, device=self.backend.device), values.to(self.backend.device))
+        self.backend.computed()
