@@ -254,6 +254,7 @@ def _mount() -> None:
     from moesim.commands.profile import app as profile_app
     from moesim.commands.sweep import app as sweep_app
     from moesim.commands.trace import app as trace_app
+    from moesim.commands.validate import app as validate_app
 
     app.command()(calibrate)
     app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")
@@ -262,6 +263,7 @@ def _mount() -> None:
     app.add_typer(policy_app, name="policy", help="Policies: check one, built in or your own.")
     app.add_typer(profile_app, name="profile", help="Profiles: measured and imported costs of machines.")
     app.add_typer(machine_app, name="machine", help="Machines of the catalogue, and what each rate is taken from.")
+    app.add_typer(validate_app, name="validate", help="Predictions against reality.")
 
 
 _mount()

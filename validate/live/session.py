@@ -82,8 +82,8 @@ def validate(
     thread to that; None: only where the cores are shared. show(what, share of the budget) follows progress.
     """
     began = time.monotonic()
-    conditions = describe(open_device(device))
     with _one_thread(cores()) as where, ExitStack() as open_stages:
+        conditions = describe(open_device(device))
         by_shape = shapes(trace, quick)
         ready = [prepare(case, by_shape[case.shape], trace) for case in cases(quick)]
         backend = Backend(device)
