@@ -38,11 +38,17 @@ def popularity_heatmap(popularity: Floats, moe_layers: Sequence[int]) -> Figure:
     return figure
 
 
-def miss_ratio_curve(capacities: NDArray[np.int64], lru: Floats, static: Floats, random: Floats) -> Figure:
-    """Misses by cache size: LRU [layers, capacities] with its layers' range, the best fixed set, a random set."""
+def miss_ratio_curve(
+    capacities: NDArray[np.int64], lru: Floats, belady: Floats, static: Floats, random: Floats
+) -> Figure:
+    """Misses by cache size: LRU [layers, capacities] with its layers' range, Belady's cache, fixed sets."""
     figure = _figure("Misses by cache size", "experts cached per layer", "choices missed (%)")
     _add_range(figure, capacities, 100 * lru, "LRU, mean over layers", "layers, lowest to highest")
-    lines = (("best fixed set, in hindsight", static.mean(0), ORANGE, "dash"), ("random set", random, GREY, "dot"))
+    lines = (
+        ("Belady's, which looks ahead", belady.mean(0), GREEN, "solid"),
+        ("best fixed set, in hindsight", static.mean(0), ORANGE, "dash"),
+        ("random set", random, GREY, "dot"),
+    )
     for name, values, colour, dash in lines:
         figure.add_scatter(
             x=capacities, y=100 * values, name=name, mode="lines", line={"color": colour, "width": 2, "dash": dash}

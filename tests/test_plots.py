@@ -16,7 +16,8 @@ def line(figure, name: str):
 
 def test_miss_ratio_curve():
     lru = np.array([[0.8, 0.4, 0.0], [0.6, 0.2, 0.0]])
-    figure = plots.miss_ratio_curve(np.array([2, 3, 4]), lru, lru + 0.1, np.array([0.5, 0.25, 0]))
+    figure = plots.miss_ratio_curve(np.array([2, 3, 4]), lru, lru / 2, lru + 0.1, np.array([0.5, 0.25, 0]))
+    assert line(figure, "Belady's, which looks ahead").y == pytest.approx([35, 15, 0])
     assert line(figure, "LRU, mean over layers").y == pytest.approx([70, 30, 0])
     assert line(figure, "best fixed set, in hindsight").y == pytest.approx([80, 40, 10])
     assert line(figure, "random set").y == pytest.approx([50, 25, 0])

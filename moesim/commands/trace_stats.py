@@ -63,7 +63,9 @@ def figures(stats: TraceStats) -> list[Figure]:
     from moesim import plots
 
     drawn = [
-        plots.miss_ratio_curve(stats.lru.capacities, stats.lru.miss_ratio, stats.lru.static, stats.lru.random),
+        plots.miss_ratio_curve(
+            stats.lru.capacities, stats.lru.miss_ratio, stats.lru.belady, stats.lru.static, stats.lru.random
+        ),
         plots.reuse_curve(stats.reuse.within, stats.reuse.chance),
         plots.distance_curve(stats.lru.distances),
         plots.unique_experts(stats.unique.batches, stats.unique.mean, stats.unique.independent, stats.experts),

@@ -229,35 +229,43 @@ class _Planner:
 
 
 class _DryRun:
-    """A device that only notes which step each row was served in; a step takes as long as its GPU work at least."""
+    """A device that only notes which rows each step serves; a step takes as long as its GPU work at least."""
 
-    def __init__(self, env: Clock, table: CostTable, rows: int) -> None:
+    def __init__(self, env: Clock, table: CostTable) -> None:
         self._env, self._table = env, table
-        self.step_of_row = np.full(rows, NEVER, dtype=np.int64)
-        self.steps = 0
+        self.steps: list[NDArray[np.int64]] = []
 
     def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
-        self.step_of_row[batch.rows] = self.steps
-        self.steps += 1
+        self.steps.append(batch.rows)
         step_ns = self._table.step_ns(len(batch.rows), len(batch.prefill) + len(batch.contexts))
         yield self._env.timeout(step_ns + sum(self._table.layers_ns(batch.prefill, batch.contexts)))
+
+
+def served_steps(setting: Setting) -> list[NDArray[np.int64]]:
+    """Trace rows of every step in service order, from a dry run without experts.
+
+    Exact while admission does not depend on time (all requests at hand, first come first served), else close to it.
+    """
+    env = Clock()
+    dry = _DryRun(env, setting.table)
+    server = Server(env, dry, setting.table.model, setting.workload, FCFS(), setting.limits, Records(False))
+    env.run(env.process(server.run()))
+    return dry.steps
 
 
 def next_uses(setting: Setting) -> NDArray[np.int32]:
     """Position (step x layers + layer) of the next use of every routed expert: [tokens, layers, k].
 
-    The order of service comes from a dry run without experts: exact while admission does not depend on time (all
-    requests at hand, first come first served), close to it otherwise.
+    As exact as `served_steps`.
     """
     trace = setting.trace
-    env = Clock()
-    dry = _DryRun(env, setting.table, trace.tokens)
-    server = Server(env, dry, setting.table.model, setting.workload, FCFS(), setting.limits, Records(False))
-    env.run(env.process(server.run()))
+    in_order = served_steps(setting)
+    step_of_row = np.full(trace.tokens, NEVER, dtype=np.int64)
+    step_of_row[np.concatenate(in_order)] = np.repeat(np.arange(len(in_order)), [len(rows) for rows in in_order])
     out = np.full(trace.experts.shape, NEVER, dtype=np.int32)
-    served = np.flatnonzero(dry.step_of_row < NEVER)
-    steps = np.repeat(dry.step_of_row[served], trace.top_k)
-    width = dry.steps + 1
+    served = np.flatnonzero(step_of_row < NEVER)
+    steps = np.repeat(step_of_row[served], trace.top_k)
+    width = len(in_order) + 1
     for layer in range(trace.layers):
         experts = trace.experts[served, layer].ravel().astype(np.int64)
         key = experts * width + steps

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.trace.miss_ratio import curve_of, events
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Ids = NDArray[np.int16]
 
 WINDOWS = (1, 2, 4, 8, 16)
-_CHUNK = 4096  # tokens whose history is held at once: a table of [experts, chunk] stays in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Lru:
 
     capacities: Ints  # top_k .. experts: the sizes for which the curve is exact
     miss_ratio: Floats  # [layers, capacities]
+    belady: Floats  # [layers, capacities]: a cache that knows the future, so the least that any can miss
+    shared: Floats  # [capacities]: LRU again, in one cache for all layers of capacities x layers experts
     static: Floats  # [layers, capacities]: the best fixed set of that size, chosen in hindsight
     random: Floats  # [capacities]: a random fixed set
     distances: Ints  # [layers, experts + 1]: choices by distinct experts since the last use; the last: first uses
@@ -90,32 +93,14 @@ def token_gaps(ids: Ids) -> Ints:
 def stack_distances(ids: Ids, experts: int) -> Ints:
     """Distinct experts of one layer touched since the last use of each chosen one, [tokens, k]; first uses: `experts`.
 
-    A token is one event: its experts are looked up together against what came before the token, missing ones take
-    the place of the least recently used that is not the token's own, and then all are touched in rank order. After
-    the token, a cache of C >= k slots then holds the C experts touched last: the token's own are touched last of all,
-    and of the others only the least recent left. So it hits a choice exactly when the distance counted in (token,
-    rank) order is below C (Mattson et al. 1970, inclusion property). Fewer slots than k cannot hold one token.
-    O(tokens x k x experts) comparisons in vectors. Unused ranks (-1) get a meaningless value.
+    A token is one event, so they are counted before it: a cache of at least k slots hits exactly the choices whose
+    distance is below its size (moesim.trace.miss_ratio). Unused ranks (-1) get a meaningless value.
     """
-    tokens, k = ids.shape
-    time = np.int32 if tokens * k < 2**31 else np.int64
-    distance = np.empty((tokens, k), dtype=np.int64)
-    last = np.full((experts, 1), -1, dtype=time)  # (token, rank) of an expert's last touch, as one number
-    for start in range(0, tokens, _CHUNK):
-        part = ids[start : start + _CHUNK]
-        size = len(part)
-        table = np.repeat(last, size + 1, axis=1)
-        for rank in range(k):
-            used = np.flatnonzero(part[:, rank] >= 0)
-            table[part[used, rank], used + 1] = (start + used) * k + rank
-        np.maximum.accumulate(table, axis=1, out=table)
-        before, last = table[:, :-1], table[:, -1:]
-        own = np.ascontiguousarray(before[part, np.arange(size)[:, None]].T)  # [k, size]
-        count = np.zeros((k, size), dtype=np.int16)
-        for touched in before:
-            count += touched > own
-        count[own < 0] = experts
-        distance[start : start + size] = count.T
+    from moesim.trace.stacks import lru_depths
+
+    blocks, offsets = events(ids, np.ones(len(ids), dtype=np.int64), experts)
+    distance = np.full(ids.shape, experts, dtype=np.int64)
+    distance[ids >= 0] = lru_depths(blocks, offsets, experts)
     return distance
 
 
@@ -145,14 +130,25 @@ def request_counts(ids: Ids, request: Ints, experts: int) -> Ints:
     return np.bincount(code, minlength=rows * experts).reshape(rows, experts)
 
 
-def lru_curves(distances: Ints, counts: Ints, top_k: int) -> Lru:
-    """Miss ratios of all cache sizes from the stack distances [layers, experts + 1] and choices [layers, experts]."""
+def lru_curves(distances: Ints, counts: Ints, ids: Ids) -> Lru:
+    """Miss ratios of all cache sizes from the stack distances [layers, experts + 1], choices [layers, experts] and
+    ids [tokens, layers, k]."""
+    tokens, layers, top_k = ids.shape
     experts = counts.shape[1]
     capacities = np.arange(top_k, experts + 1)
     total = counts.sum(1, keepdims=True)
     hits = np.cumsum(distances, axis=1)[:, capacities - 1]
     static = np.cumsum(np.sort(counts, axis=1)[:, ::-1], axis=1)[:, capacities - 1]
-    return Lru(capacities, 1 - hits / total, 1 - static / total, 1 - capacities / experts, distances)
+    alone = np.ones(tokens, dtype=np.int64)
+    return Lru(
+        capacities=capacities,
+        miss_ratio=1 - hits / total,
+        belady=curve_of(ids, alone, experts, "belady", "layer", capacities).ratio,
+        shared=curve_of(ids, alone, experts, "lru", "global", layers * capacities).ratio[0],
+        static=1 - static / total,
+        random=1 - capacities / experts,
+        distances=distances,
+    )
 
 
 def ratio(part: NDArray, whole: NDArray) -> Floats:

@@ -135,7 +135,7 @@ def describe(trace: Trace, seed: int = 0) -> TraceStats:
         popularity=ratio(counts, counts.sum(1, keepdims=True)),
         skew=popularity_skew(counts),
         reuse=Reuse(within, chance, same_request_reuse(ids, request, trace.info.experts)),
-        lru=lru_curves(history.distances.sum(0), counts, trace.top_k),
+        lru=lru_curves(history.distances.sum(0), counts, ids),
         unique=unique_experts(ids, request, counts, rng),
         predictability=layer_predictability(ids, request, trace.info.experts),
         tasks=task_dependence(ids, request, task, tuple(map(str, names)), history, rng=rng) if names.size > 1 else None,

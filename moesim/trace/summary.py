@@ -149,9 +149,15 @@ def _reuse_text(stats: TraceStats) -> str:
 def _lru_text(stats: TraceStats) -> str:
     sizes = cache_sizes(stats)
     rows = [["choices hit, experts cached per layer", *(f"{c} ({c / stats.experts:.0%})" for c, _ in sizes)]]
-    for label, miss in (("LRU", stats.lru.miss_ratio), ("best fixed set, in hindsight", stats.lru.static)):
-        rows.append([label, *(_percent(1 - miss[:, index].mean()) for _, index in sizes)])
-    rows.append(["LRU, worst layer", *(_percent(1 - stats.lru.miss_ratio[:, index].max()) for _, index in sizes)])
+    lru = stats.lru
+    found = (
+        ("LRU", lru.miss_ratio.mean(0)),
+        ("LRU, worst layer", lru.miss_ratio.max(0)),
+        ("LRU, one cache for all layers", lru.shared),
+        ("Belady's, which looks ahead", lru.belady.mean(0)),
+        ("best fixed set, in hindsight", lru.static.mean(0)),
+    )
+    rows += [[label, *(_percent(1 - miss[index]) for _, index in sizes)] for label, miss in found]
     rows.append(["random fixed set", *(_percent(1 - stats.lru.random[index]) for _, index in sizes)])
     return _table(rows)
 

@@ -57,13 +57,6 @@ def test_stack_distances_give_the_misses_of_every_lru_cache(drawn):
         assert (distances >= capacity).sum() == misses(events, capacity, "LRU")
 
 
-def test_stack_distances_do_not_depend_on_the_chunk(monkeypatch):
-    ids = random_trace(500, 1, 16, 3, seed=1).experts[:, 0]
-    whole = stack_distances(ids, 16)
-    monkeypatch.setattr("moesim.trace.locality._CHUNK", 7)
-    assert (stack_distances(ids, 16) == whole).all()
-
-
 def test_stack_distances_by_hand():
     ids = np.array([[0, 1], [1, 2], [0, 3]], dtype=np.int16)
     # Token 1: of 0 then 1, 1 was touched last. Token 2: 0 was touched before 1, 1 and 2.
