@@ -45,6 +45,10 @@ class CalibrationError(MoesimError):
     """A measurement, a profile or a table to import is incomplete or cannot be."""
 
 
+class ValidationError(MoesimError):
+    """A validation cannot be run here, or its cases cannot be read."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or the list of what is known: the remedy part of an unknown-name error."""
     names = sorted(known, key=str.lower)

@@ -179,6 +179,30 @@ def sweep_ranking(metric: str, best: Sequence[tuple[str, float]]) -> Figure:
     return figure
 
 
+def predicted_against_measured(
+    what: str, points: Mapping[str, Sequence[tuple[float, float, str]]], band: float = 0.2
+) -> Figure:
+    """(measured, predicted, label) by group on log axes, with the diagonal and a band of +- `band` around it."""
+    figure = _figure(f"Predicted against measured: {what}", "measured", "predicted")
+    values = [value for found in points.values() for measured, predicted, _ in found for value in (measured, predicted)]
+    ends = np.array([0.7 * min(values, default=1.0), 1.4 * max(values, default=1.0)])
+    for factor, name, colour, dash in (
+        (1.0, "exact", GREY, "solid"), (1 + band, f"+- {band:.0%}", GREY, "dot"), (1 - band, "", GREY, "dot"),
+    ):  # fmt: skip
+        figure.add_scatter(
+            x=ends, y=factor * ends, mode="lines", name=name, showlegend=bool(name), hoverinfo="skip",
+            line={"color": colour, "width": 1, "dash": dash},
+        )  # fmt: skip
+    for (name, found), colour in zip(points.items(), itertools.cycle(_SERIES)):
+        figure.add_scatter(
+            x=[p[0] for p in found], y=[p[1] for p in found], text=[p[2] for p in found], name=name, mode="markers",
+            marker={"color": colour, "size": 9}, hovertemplate="%{text}<br>%{x:.4g} measured, %{y:.4g} predicted",
+        )  # fmt: skip
+    figure.update_xaxes(type="log", range=list(np.log10(ends)))
+    figure.update_yaxes(type="log", range=list(np.log10(ends)))
+    return figure
+
+
 def write_page(path: Path, title: str, lead: str, figures: Iterable[Figure], details: str = "") -> None:
     """One self-contained HTML page: the lead, the figures with plotly.js embedded once, the details as plain text."""
     from plotly.io import to_html

@@ -71,3 +71,11 @@ def test_a_page_stands_alone(tmp_path):
     assert page.count("<section>") == 2
     assert "<h1>A &lt;model&gt;</h1>" in page
     assert "so &amp; so" in page
+
+
+def test_predicted_against_measured_shows_every_point_and_its_band():
+    points = {"a": [(1.0, 1.1, "one"), (10.0, 8.0, "ten")], "b": [(100.0, 100.0, "hundred")]}
+    figure = plots.predicted_against_measured("ms", points)
+    assert list(line(figure, "a").x) == [1.0, 10.0] and list(line(figure, "a").y) == [1.1, 8.0]
+    assert line(figure, "+- 20%").y == pytest.approx(1.2 * line(figure, "exact").x)
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"

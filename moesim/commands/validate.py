@@ -12,18 +12,13 @@ from typing import Annotated, Any
 import typer
 
 import moesim
-from moesim.errors import MoesimError
-from moesim.files import write_text
-from moesim.output import emit, to_json
+from moesim.errors import ValidationError
+from moesim.output import emit
 
 app = typer.Typer(no_args_is_help=True, help="Predictions against reality.")
 
 ROOT = Path(moesim.__file__).parents[1]
 EXIT = {"passed": 0, "inconclusive": 1, "failed": 4}
-
-
-class ValidationError(MoesimError):
-    """A validation cannot be run here."""
 
 
 @app.callback()
@@ -62,8 +57,7 @@ def live(
     with _bar(seconds) as show:
         result = session.validate(routing, device, seconds, disk, quick, pace, show)
     if output is not None:
-        write_text(output / "live.json", to_json(result) + "\n")
-        write_text(output / "live.txt", report.text(result) + "\n")
+        report.save(result, output)
     emit(result, report.text(result), as_json)
     if result["status"] != "passed":
         raise typer.Exit(EXIT[result["status"]])

@@ -15,10 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from moesim.cli import app
+from moesim.errors import ValidationError
 from moesim.trace.io import read
 from tests.conftest import ROOT
 from validate.live import compare, session
-from validate.live.cases import Case, cases, play, prepare, shapes, stage_for
+from validate.live.cases import Case, cases, check_memory, play, prepare, shapes, stage_for
 from validate.live.measured import TOKENS, MeasuredTable, Samples, Slice
 from validate.live.runtime import Cores
 from validate.live.weights import HIGH_BITS, LOW_BITS, Backend, forward
@@ -152,6 +153,15 @@ def test_pressure_is_a_share(monkeypatch, tmp_path):
     assert 0 <= session.Gate().pressure() < 2
     monkeypatch.setattr(session, "_PRESSURE_FILE", tmp_path / "none")
     assert session.Gate().pressure() == 0
+
+
+def test_what_cannot_be_run_is_said_beforehand(trace):
+    small = shapes(trace, quick=True)["small"]
+    with pytest.raises(ValidationError, match="no request of the trace has 9999 prompt"):
+        prepare(Case("g", "n", "small", "LRU", 4, prompt=9999), small, trace)
+    huge = replace(small, hidden=1 << 17, ffn=1 << 17)
+    with pytest.raises(ValidationError, match="do not fit"):
+        check_memory({"small": huge}, [prepare(Case("g", "n", "small", "LRU", 4), huge, trace)], False)
 
 
 def test_the_command_reports_decisions_and_leaves_the_process_as_it_was(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +15,19 @@ from moesim.engine.own import own_split
 from moesim.engine.residency import Slots
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Setting, calibration_popularity
+from moesim.errors import ValidationError
 from moesim.policies import split_by_layer
 from moesim.prediction import Beliefs
 from moesim.systems import System, load_system, with_settings
 from moesim.trace import Trace
+from moesim.units import KIB, format_size
 from moesim.workload import Request, Workload, unroll
 from validate.live.measured import MeasuredTable
 from validate.live.runtime import Cores, Costs, Log, Runtime
-from validate.live.weights import HIGH_BITS, LOW_BITS, Shape, Stage
+from validate.live.weights import HIGH_BITS, LOW_BITS, Backend, Shape, Stage
 
 NO_LIMIT = 1 << 60
+_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ def _workload(case: Case, trace: Trace) -> Workload:
     lengths = np.diff(trace.first_row)
     prompts = trace.decode_start - trace.first_row[:-1]
     long_enough = np.flatnonzero((prompts >= case.prompt) & (lengths - prompts >= case.steps))
+    if not len(long_enough):
+        raise ValidationError(
+            f"no request of the trace has {case.prompt} prompt and {case.steps} generated tokens, which "
+            f"'{case.group}: {case.name}' needs; give a longer --trace"
+        )
     requests: list[Request] = []
     for i in np.resize(long_enough, wanted).tolist():
         start, split = int(trace.first_row[i]), int(trace.decode_start[i])
@@ -215,10 +225,32 @@ def shapes(trace: Trace, quick: bool) -> dict[str, Shape]:
     }
 
 
-def stage_for(shape: Shape, prepared: list[Prepared], backend: Any, on_disk: bool) -> Stage:
-    """Slots and rows for the largest of its cases."""
+def slots_for(shape: Shape, prepared: list[Prepared]) -> dict[int, int]:
+    """Slots by precision for the largest of the shape's cases, and for the run in which all are hits."""
     mine = [p for p in prepared if p.shape == shape]
     slots = {bits: max(p.buffers(bits) for p in mine) for bits in (HIGH_BITS, LOW_BITS)}
-    slots[HIGH_BITS] = max(slots[HIGH_BITS], shape.top_k * shape.layers)
+    return slots | {HIGH_BITS: max(slots[HIGH_BITS], shape.top_k * shape.layers)}
+
+
+def check_memory(by_shape: dict[str, Shape], prepared: list[Prepared], on_disk: bool) -> None:
+    """Weights and slots must fit what memory is free, or the machine would swap."""
+    needed = 0
+    for shape in by_shape.values():
+        for bits, count in slots_for(shape, prepared).items():
+            copies = shape.experts * (1 if on_disk else shape.layers) if count else 0
+            needed += (copies + count) * shape.nbytes(bits)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if _MEMINFO.exists():  # counts what the page cache would give back
+        free = int(_MEMINFO.read_text().split("MemAvailable:")[1].split()[0]) * KIB
+    if needed > 0.9 * free:
+        raise ValidationError(
+            f"{format_size(needed)} of weights and slots do not fit the {format_size(free)} of memory that are free; "
+            "give a --trace of fewer layers or experts, or --disk"
+        )
+
+
+def stage_for(shape: Shape, prepared: list[Prepared], backend: Backend, on_disk: bool) -> Stage:
+    """Slots and rows for the largest of its cases."""
+    mine, slots = [p for p in prepared if p.shape == shape], slots_for(shape, prepared)
     rows = max(p.case.batch * max(p.case.prompt, 1) for p in mine)
     return Stage(shape, backend, slots[HIGH_BITS], slots[LOW_BITS], rows, on_disk)

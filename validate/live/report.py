@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from moesim.files import write_text
+from moesim.output import to_json
+
+
+def save(result: dict[str, Any], directory: Path) -> None:
+    """live.json, live.txt and, where plotly is installed and times were measured, the page live.html."""
+    write_text(directory / "live.json", to_json(result) + "\n")
+    write_text(directory / "live.txt", text(result) + "\n")
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for row in result["cases"]:
+        if "real_ms" in row:
+            points.setdefault(row["group"], []).append((row["real_ms"], row["simulated_ms"], row["case"]))
+    try:
+        import plotly  # noqa: F401
+    except ImportError:
+        return
+    from moesim.plots import predicted_against_measured, write_page
+
+    figures = [predicted_against_measured("ms per run", points, result["tolerances"]["total_error"])] if points else []
+    write_page(
+        directory / "live.html", "Live validation", f"{result['status']} on {result['device']}", figures, text(result)
+    )
 
 
 def text(result: dict[str, Any]) -> str:

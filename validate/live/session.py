@@ -16,7 +16,7 @@ import torch
 from moesim.calibrate.conditions import describe
 from moesim.calibrate.device import open_device
 from moesim.trace import Trace
-from validate.live.cases import Case, Prepared, all_hits, cases, play, prepare, shapes, stage_for
+from validate.live.cases import Case, Prepared, all_hits, cases, check_memory, play, prepare, shapes, stage_for
 from validate.live.compare import RATIO, TOTAL, decisions, simulated, summary, times, verdict
 from validate.live.measured import MeasuredTable, Samples, Slice
 from validate.live.runtime import Cores, Log, cores
@@ -86,6 +86,7 @@ def validate(
         conditions = describe(open_device(device))
         by_shape = shapes(trace, quick)
         ready = [prepare(case, by_shape[case.shape], trace) for case in cases(quick)]
+        check_memory(by_shape, ready, on_disk)
         backend = Backend(device)
         stages: dict[str, Stage] = {}
         for name, shape in by_shape.items():
