@@ -166,7 +166,7 @@ def test_what_cannot_be_run_is_said_beforehand(trace):
 
 def test_the_command_reports_decisions_and_leaves_the_process_as_it_was(tmp_path):
     before = (torch.get_num_threads(), os.sched_getaffinity(0))
-    run = CliRunner().invoke(app, ["validate", "live", "--quick", "--budget", "20s", "--json", "-o", str(tmp_path)])
+    run = CliRunner().invoke(app, ["validate", "live", "--quick", "--budget", "4s", "--json", "-o", str(tmp_path)])
     result = json.loads(run.stdout)
     assert result["decisions_identical"] is True
     assert run.exit_code == {"passed": 0, "inconclusive": 1, "failed": 4}[result["status"]]
