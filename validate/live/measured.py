@@ -275,7 +275,7 @@ class Slice:
         lock = threading.Condition()
         executor = HostExecutor(self._stage, lock, self._where.host)
         try:
-            for tokens in [n for n in self._tokens if n <= 8]:
+            for tokens in self._tokens:
                 one, three = (self._hosted_ns(executor, lock, tokens, count) for count in (1, 3))
                 samples.note("host expert", tokens, (three - one) / 2)
                 samples.note("host hand-off", 1, max(0.0, one - (three - one) / 2))

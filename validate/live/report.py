@@ -82,7 +82,7 @@ def _case(row: dict[str, Any]) -> str:
     name = f"  {row['case']}, {row['slots']} slots"
     decided = ("identical" if row["identical"] else "DIFFER") if "identical" in row else f"{row['agreement']:.1%}"
     if "real_ms" not in row:
-        cells = f"{'disturbed':>9}"
+        cells = f"{'disturbed':>11}"
     else:
         cells = f"{row['real_ms']:>9.1f}{row['error']:>+8.1%}{row['layer_error']:>7.1%}{row['noise']:>8.1%}"
     return f"{name:56}{row['clean_runs']:>5}{decided:>12}{cells}"

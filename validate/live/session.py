@@ -82,8 +82,9 @@ def validate(
     thread to that; None: only where the cores are shared. show(what, share of the budget) follows progress.
     """
     began = time.monotonic()
-    with _one_thread(cores()) as where, ExitStack() as open_stages:
+    with _left_as_it_was(), ExitStack() as open_stages:
         conditions = describe(open_device(device))
+        where = _one_thread()
         by_shape = shapes(trace, quick)
         ready = [prepare(case, by_shape[case.shape], trace) for case in cases(quick)]
         check_memory(by_shape, ready, on_disk)
@@ -108,17 +109,23 @@ def validate(
 
 
 @contextmanager
-def _one_thread(where: Cores) -> Iterator[Cores]:
-    """This thread computes on a core of its own, with one thread in torch; all is as before afterwards."""
+def _left_as_it_was() -> Iterator[None]:
+    """Threads of torch and cores of this thread are the caller's again afterwards."""
     threads, before = torch.get_num_threads(), os.sched_getaffinity(0)
-    torch.set_num_threads(1)
     try:
-        if where.compute is not None:
-            os.sched_setaffinity(0, {where.compute})
-        yield where
+        yield
     finally:
         os.sched_setaffinity(0, before)
         torch.set_num_threads(threads)
+
+
+def _one_thread() -> Cores:
+    """This thread computes on a core of its own, with one thread in torch."""
+    where = cores()
+    torch.set_num_threads(1)
+    if where.compute is not None:
+        os.sched_setaffinity(0, {where.compute})
+    return where
 
 
 def _shared_cores(seconds: float = 1.0) -> bool:
