@@ -39,6 +39,7 @@ def live(
         typer.Option("--pace", help="Hold the copy thread to GB/s; 0 never; default: where the cores are shared."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five small cases in seconds, to see that it works.")] = False,
+    only: Annotated[str | None, typer.Option("--only", help="Groups of cases, such as 'batch 1,prefill'.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the report.")] = None,
 ) -> None:
@@ -55,7 +56,7 @@ def live(
     session, report = _checkout()
     routing = read(trace or ROOT / "traces" / "tiny-moe-8x16.parquet")
     with _bar(seconds) as show:
-        result = session.validate(routing, device, seconds, disk, quick, pace, show)
+        result = session.validate(routing, device, seconds, disk, quick, pace, only, show)
     if output is not None:
         report.save(result, output)
     emit(result, report.text(result), as_json)

@@ -19,7 +19,7 @@ from moesim.errors import ValidationError
 from moesim.trace.io import read
 from tests.conftest import ROOT
 from validate.live import compare, session
-from validate.live.cases import Case, cases, check_memory, play, prepare, shapes, stage_for
+from validate.live.cases import Case, cases, check_memory, chosen, play, prepare, shapes, stage_for
 from validate.live.measured import TOKENS, MeasuredTable, Samples, Slice
 from validate.live.runtime import Cores
 from validate.live.weights import HIGH_BITS, LOW_BITS, Backend, forward
@@ -153,6 +153,12 @@ def test_pressure_is_a_share(monkeypatch, tmp_path):
     assert 0 <= session.Gate().pressure() < 2
     monkeypatch.setattr(session, "_PRESSURE_FILE", tmp_path / "none")
     assert session.Gate().pressure() == 0
+
+
+def test_groups_can_be_chosen():
+    assert {case.group for case in chosen(False, "prefill, batch 1")} == {"prefill", "batch 1"}
+    with pytest.raises(ValidationError, match="unknown group 'prefil'; did you mean 'prefill'"):
+        chosen(False, "prefil")
 
 
 def test_what_cannot_be_run_is_said_beforehand(trace):

@@ -15,7 +15,7 @@ from moesim.engine.own import own_split
 from moesim.engine.residency import Slots
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Setting, calibration_popularity
-from moesim.errors import ValidationError
+from moesim.errors import ValidationError, nearest
 from moesim.policies import split_by_layer
 from moesim.prediction import Beliefs
 from moesim.systems import System, load_system, with_settings
@@ -214,6 +214,19 @@ def cases(quick: bool = False) -> list[Case]:
         Case(big, "static", "big", "static", 8, steps=6),
         Case(big, "LRU, prefetch of recall 0.9", "big", "LRU", 8, steps=6, settings=good),
     ]
+
+
+def chosen(quick: bool, only: str | None) -> list[Case]:
+    """Those of the groups named in `only`, separated by commas; all where it is None."""
+    known = cases(quick)
+    if only is None:
+        return known
+    groups = list(dict.fromkeys(case.group for case in known))
+    wanted = [name.strip() for name in only.split(",")]
+    for name in wanted:
+        if name not in groups:
+            raise ValidationError(f"--only: unknown group '{name}'{nearest(name, groups)}")
+    return [case for case in known if case.group in wanted]
 
 
 def shapes(trace: Trace, quick: bool) -> dict[str, Shape]:

@@ -16,7 +16,7 @@ import torch
 from moesim.calibrate.conditions import describe
 from moesim.calibrate.device import open_device
 from moesim.trace import Trace
-from validate.live.cases import Case, Prepared, all_hits, cases, check_memory, play, prepare, shapes, stage_for
+from validate.live.cases import Case, Prepared, all_hits, check_memory, chosen, play, prepare, shapes, stage_for
 from validate.live.compare import RATIO, TOTAL, decisions, simulated, summary, times, verdict
 from validate.live.measured import MeasuredTable, Samples, Slice
 from validate.live.runtime import Cores, Log, cores
@@ -74,19 +74,20 @@ def _some_us() -> int | None:
 
 def validate(
     trace: Trace, device: str = "cpu", budget_s: float = 600.0, on_disk: bool = False, quick: bool = False,
-    pace_gbps: float | None = None, show: Callable[[str, float], None] = lambda what, share: None,
+    pace_gbps: float | None = None, only: str | None = None, show: Callable[[str, float], None] = lambda what, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run every case for real, REPEATS times or while the budget lasts, and hold the simulator against it.
 
     device: `cpu`, or `cuda` (also `cuda:1`). on_disk: experts in a file instead of in memory. pace_gbps: hold the copy
-    thread to that; None: only where the cores are shared. show(what, share of the budget) follows progress.
+    thread to that; None: only where the cores are shared. only: groups of cases, separated by commas. show(what, share of the budget) follows progress.
     """
     began = time.monotonic()
     with _left_as_it_was(), ExitStack() as open_stages:
         conditions = describe(open_device(device))
         where = _one_thread()
-        by_shape = shapes(trace, quick)
-        ready = [prepare(case, by_shape[case.shape], trace) for case in cases(quick)]
+        selected = chosen(quick, only)
+        by_shape = {n: s for n, s in shapes(trace, quick).items() if n in {case.shape for case in selected}}
+        ready = [prepare(case, by_shape[case.shape], trace) for case in selected]
         check_memory(by_shape, ready, on_disk)
         backend = Backend(device)
         stages: dict[str, Stage] = {}
