@@ -74,12 +74,14 @@ def _some_us() -> int | None:
 
 def validate(
     trace: Trace, device: str = "cpu", budget_s: float = 600.0, on_disk: bool = False, quick: bool = False,
-    pace_gbps: float | None = None, only: str | None = None, show: Callable[[str, float], None] = lambda what, share: None,
+    pace_gbps: float | None = None, only: str | None = None,
+    show: Callable[[str, float], None] = lambda what, share: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run every case for real, REPEATS times or while the budget lasts, and hold the simulator against it.
 
     device: `cpu`, or `cuda` (also `cuda:1`). on_disk: experts in a file instead of in memory. pace_gbps: hold the copy
-    thread to that; None: only where the cores are shared. only: groups of cases, separated by commas. show(what, share of the budget) follows progress.
+    thread to that; None: only where the cores are shared. only: groups of cases, separated by commas. show(what, share
+    of the budget) follows progress. Raises ValidationError or CalibrationError where it cannot be run.
     """
     began = time.monotonic()
     with _left_as_it_was(), ExitStack() as open_stages:
