@@ -1,6 +1,6 @@
 """Which fit predicts shapes it did not see: physics alone, neighbours, boosted trees, or a lattice on the physics.
 
-    python benchmarks/fit_candidates.py DIR    # DIR: AIConfigurator's folder of one system, such as h200_sxm
+    python benchmarks/fit_candidates.py DIR [CANDIDATE ...]    # DIR: AIConfigurator's folder of one system: h200_sxm
 
 Prints a Markdown table of absolute errors, median / P90 in %, for three splits: a random half of the shapes predicts
 the other; whole matrices (or models, or head counts) are left out; 60 shapes predict the rest. Trees need scikit-learn.
@@ -18,6 +18,7 @@ import numpy as np
 from moesim.costs import fit
 from moesim.costs.families import Family
 from moesim.costs.lattice import interpolation_matrix
+from moesim.costs.trees import grow
 from moesim.profile_import import aiconfigurator
 
 TABLES = {
@@ -37,7 +38,7 @@ class Task:
 
     def __init__(self, rows: list[dict]) -> None:
         self.fam: Family
-        self.fam, self.variant, self.points, self.log_seconds = fit._table(rows)
+        self.fam, self.variant, self.points, self.hints, self.log_seconds = fit._table(rows, hinted=True)
 
     def physics(self, train: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         work = fit._work(self.fam, self.variant, self.points[train])
@@ -83,10 +84,25 @@ def boosted_residual(task: Task, train: np.ndarray, test: np.ndarray) -> np.ndar
 
 
 def lattice(task: Task, train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """What moesim uses, without its choice of tile."""
+    """What moesim uses for few shapes, without its choice of tile."""
+    predicted = on_lattice(task, train)
+    return predicted[test]
+
+
+def lattice_and_trees(task: Task, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """What moesim uses for many shapes where the trees pay, without its choice of tile."""
+    predicted = on_lattice(task, train)
+    if train.sum() < fit.MIN_FOR_TREES:
+        return predicted[test]
+    features = np.hstack([task.points, task.hints])
+    return predicted[test] + grow(features[train], task.log_seconds[train] - predicted[train])(features[test])
+
+
+def on_lattice(task: Task, train: np.ndarray) -> np.ndarray:
+    """Log seconds of all points from a fit to the training ones."""
     physics, axes, values = fit._fit(task.fam, task.variant, task.points[train], task.log_seconds[train], 1)
-    edge = np.clip(task.points[test], [axis[0] for axis in axes], [axis[-1] for axis in axes])
-    beyond = [fit._physics_at(task.fam, task.variant, physics, at) for at in (task.points[test], edge)]
+    edge = np.clip(task.points, [axis[0] for axis in axes], [axis[-1] for axis in axes])
+    beyond = [fit._physics_at(task.fam, task.variant, physics, at) for at in (task.points, edge)]
     return interpolation_matrix(axes, edge) @ values + beyond[0] - beyond[1]
 
 
@@ -97,6 +113,7 @@ CANDIDATES = {
     "boosted trees, monotone": boosted,
     "physics x boosted trees": boosted_residual,
     "physics x lattice": lattice,
+    "physics x lattice x boosted trees": lattice_and_trees,
 }
 
 
@@ -112,9 +129,9 @@ def splits(task: Task) -> Iterator[tuple[str, np.ndarray]]:
     yield "60 points", few
 
 
-def main(folder: Path) -> None:
-    print("| table | split | " + " | ".join(CANDIDATES) + " |")
-    print("|---|---|" + "--:|" * len(CANDIDATES))
+def main(folder: Path, names: list[str]) -> None:
+    print("| table | split | " + " | ".join(names) + " |")
+    print("|---|---|" + "--:|" * len(names))
     for pattern in TABLES.values():
         path = sorted(folder.glob(pattern))[-1]
         groups: dict[tuple, list[dict]] = {}
@@ -125,7 +142,7 @@ def main(folder: Path) -> None:
             task = Task(groups[key])
             for split, train in splits(task):
                 cells = []
-                for candidate in CANDIDATES.values():
+                for candidate in (CANDIDATES[name] for name in names):
                     started = time.perf_counter()
                     off = np.abs(np.expm1(candidate(task, train, ~train) - task.log_seconds[~train]))
                     seconds = time.perf_counter() - started
@@ -134,4 +151,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] or list(CANDIDATES))

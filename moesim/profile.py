@@ -21,7 +21,7 @@ from moesim.machine import Machine, load_machine
 
 SCHEMA_VERSION = 1
 MAX_ROWS, MAX_META_BYTES, MAX_FIT_BYTES = 2_000_000, 1 << 16, 1 << 24
-SHIPPED = Path(__file__).parents[1] / "calibration"
+SHIPPED = Path(__file__).parent / "calibration"
 TABLES = {"kernels": False, "links": True}  # table: holds links
 
 # What must be said beside any number; a key may be null (no GPU, no drive), but not missing.

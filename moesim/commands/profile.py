@@ -154,6 +154,7 @@ def describe(profile: Profile) -> dict[str, Any]:
     """What `moesim profile show --json` prints: conditions, families, and every curve.
 
     A family's errors are the medians over the held-out shapes of its curves, each counting by its points.
+    repeatability: how far a sample of one shape typically lies from the median of all (None without raw rows).
     """
     families: dict[str, Any] = {}
     for name in dict.fromkeys(curve.family for curve in profile.curves):
@@ -163,10 +164,18 @@ def describe(profile: Profile) -> dict[str, Any]:
             "points": points,
             "holdout_median_error": sum(c.points * c.holdout_median_error for c in curves) / points,
             "p90": sum(c.points * c.p90 for c in curves) / points,
+            "repeatability": _repeatability(profile, name),
             "range": _widest(curves),
             "curves": [_curve(curve) for curve in curves],
         }
     return {"name": profile.name, "meta": dict(profile.meta), "families": families}
+
+
+def _repeatability(profile: Profile, family: str) -> float | None:
+    from statistics import median
+
+    rows = [row for row in profile.samples if row["family"] == family and "mad_s" in row]
+    return median(row["mad_s"] / row["seconds"] for row in rows) if rows else None
 
 
 def _widest(curves: list[Curve]) -> dict[str, list[float]]:
@@ -213,10 +222,15 @@ def _page(profile: Profile, report: dict[str, Any]) -> str:
     )
     lines = [f"{profile.label}, {len(profile.curves)} curves from {sum(c.points for c in profile.curves)} shapes"]
     lines += [f"  {name:9}{meta[name]}" for name in shown if meta.get(name) not in (None, "")]
-    lines += ["", "hold-out error: shapes left out of the fit; fixed time and rates are those of the physics", ""]
-    lines.append(f"{'curve':58}{'shapes':>8}{'median':>8}{'P90':>7}{'fixed us':>10}{'GB/s':>8}{'TFLOPS':>8}")
+    lines += ["", "hold-out error: shapes left out of the fit; fixed time and rates are those of the physics"]
+    lines += ["repeats: how far samples of one shape lie from their median"] * bool(profile.samples) + [""]
+    header = f"{'curve':58}{'shapes':>8}{'median':>8}{'P90':>7}{'fixed us':>10}{'GB/s':>8}{'TFLOPS':>8}"
+    lines.append(header + f"{'repeats':>9}" * bool(profile.samples))
     for name, found in report["families"].items():
-        lines.append(f"{name:58}{found['points']:>8}{found['holdout_median_error']:>8.1%}{found['p90']:>7.1%}")
+        spread = found["repeatability"]
+        repeats = "" if spread is None else f"{'':26}{spread:>9.1%}"
+        errors = f"{found['holdout_median_error']:>8.1%}{found['p90']:>7.1%}"
+        lines.append(f"{name:58}{found['points']:>8}{errors}{repeats}")
         lines += [_line(curve) for curve in profile.of_family(name)]
     lines += [f"left out: {note}" for note in meta.get("left_out", ())]
     return "\n".join(lines)

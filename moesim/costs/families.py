@@ -20,6 +20,7 @@ BYTES = {
     "fp32": (4, 4), "tf32": (4, 4), "bf16": (2, 2), "fp16": (2, 2), "fp8": (1, 1), "fp8_block": (1, 1),
     "int8": (1, 2), "int4": (0.5, 2), "mxfp4": (0.53125, 2), "nvfp4": (0.5625, 0.5625),
 }  # fmt: skip
+ACTIVITIES = ("h2d", "host", "disk", "gpu")  # that share a machine: copies, CPU experts, drive reads, GPU products
 MLA_LATENT, MLA_ROPE, MLA_NOPE, MLA_VALUE = 512, 64, 128, 128  # DeepSeek-V2 and V3, arXiv 2405.04434
 
 
@@ -29,7 +30,8 @@ class Family:
 
     work(row) is (bytes moved, operations). `constant` holds the value of a column the rows leave out. `axes` are what a
     curve is a function of, where that is not the shape itself: place(row) gives their values, row_at(values) a row with
-    the same work. `tiled` is the axis along which kernels compute whole tiles.
+    the same work. `tiled` is the axis along which kernels compute whole tiles. hint(row) gives what else libraries
+    choose kernels by, as numbers above 0, which only curves of large tables look at.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Family:
     axes: tuple[str, ...] = ()
     place: Callable[[Row], tuple[float, ...]] | None = None
     row_at: Callable[[Sequence[float]], Row] | None = None
+    hint: Callable[[Row], tuple[float, ...]] | None = None
     tiled: str = ""
     link: bool = False
 
@@ -171,10 +174,39 @@ def _bytes(r: Row) -> tuple[float, float]:
 
 
 def _host(r: Row) -> tuple[float, float]:
+    """Bytes and operations that fall to one thread."""
     weight, activation = element_bytes(r["dtype"])
     params = r["matrices"] * r["hidden"] * r["ffn"]
     moved = r["tokens"] * activation * (2 * r["hidden"] + r["matrices"] * r["ffn"])
-    return params * weight + moved, 2.0 * r["tokens"] * params
+    return (params * weight + moved) / r["threads"], 2.0 * r["tokens"] * params / r["threads"]
+
+
+def _place_host(r: Row) -> tuple[float, ...]:
+    """The share of the work that falls to a thread: times rise along every axis of a curve."""
+    return r["tokens"], r["hidden"], r["ffn"], 1 / r["threads"]
+
+
+def _host_at(x: Sequence[float]) -> Row:
+    return {"tokens": x[0], "hidden": x[1], "ffn": x[2], "threads": 1 / x[3]}
+
+
+def _place_handoff(r: Row) -> tuple[float, ...]:
+    return (_handoff_bytes(r),)
+
+
+def _handoff_bytes(r: Row) -> float:
+    """16-bit activations down and up."""
+    return 4.0 * r["tokens"] * r["hidden"]
+
+
+def _place_together(r: Row) -> tuple[float, ...]:
+    """Bytes, and 2 for every other activity that runs beside this one, else 1."""
+    return r["nbytes"], *(1 + int(bool(r[name]) and name != r["what"]) for name in ACTIVITIES)
+
+
+def _together_at(x: Sequence[float]) -> Row:
+    """A row of an activity that the flags do not name; with `what` filled in, its own flag does not matter."""
+    return {"nbytes": x[0], **{name: round(on) - 1 for name, on in zip(ACTIVITIES, x[1:], strict=True)}}
 
 
 def _place_grouped(r: Row) -> tuple[float, ...]:
@@ -187,6 +219,15 @@ def _place_grouped(r: Row) -> tuple[float, ...]:
     )
 
 
+def _hint_grouped(r: Row) -> tuple[float, ...]:
+    """Experts held by the device and choices per token; where a row does not say: all active, and eight."""
+    return r.get("experts") or r["active"], r.get("top_k") or 8
+
+
+def _hint_streams(r: Row) -> tuple[float, ...]:
+    return r["batch"], r["kv_heads"]
+
+
 def _grouped_at(x: Sequence[float]) -> Row:
     pairs = x[0] * x[1]
     return {"pairs": pairs, "active": x[1], "hidden": x[2], "ffn": x[3], "routed": pairs * x[4]}
@@ -197,7 +238,10 @@ def _place_prefill(r: Row) -> tuple[float, ...]:
 
 
 def _prefill_at(x: Sequence[float]) -> Row:
-    return {"batch": x[0], "kv_heads": 1, "tokens": x[1], "past": x[2], "heads": x[3], "head_dim": x[4]}
+    batch, kv_heads = _split_streams(x[0])
+    return {
+        "batch": batch, "kv_heads": kv_heads, "tokens": x[1], "past": x[2], "heads": kv_heads * x[3], "head_dim": x[4],
+    }  # fmt: skip
 
 
 def _place_decode(r: Row) -> tuple[float, ...]:
@@ -206,7 +250,14 @@ def _place_decode(r: Row) -> tuple[float, ...]:
 
 
 def _decode_at(x: Sequence[float]) -> Row:
-    return {"batch": x[0], "kv_heads": 1, "context": x[1], "heads": x[2], "head_dim": x[3]}
+    batch, kv_heads = _split_streams(x[0])
+    return {"batch": batch, "kv_heads": kv_heads, "context": x[1], "heads": kv_heads * x[2], "head_dim": x[3]}
+
+
+def _split_streams(streams: float) -> tuple[float, float]:
+    """(Sequences, KV heads): eight heads, the commonest, where there are as many streams."""
+    kv_heads = min(8.0, streams)
+    return streams / kv_heads, kv_heads
 
 
 _KERNEL = {"kernel": "default"}
@@ -222,18 +273,19 @@ FAMILIES = {
             "grouped", ("pairs", "active", "hidden", "ffn", "routed"), ("dtype", "kernel", "matrices"), _grouped,
             "routed experts of one layer, from sorting to combining",
             {**_KERNEL, "matrices": 3, "routed": 0},
-            ("rows_per_expert", "active", "hidden", "ffn", "routed_per_pair"), _place_grouped, _grouped_at,
+            ("rows_per_expert", "active", "hidden", "ffn", "routed_per_pair"),
+            _place_grouped, _grouped_at, _hint_grouped,
         ),
         Family(
             "attention_prefill", ("batch", "tokens", "past", "heads", "kv_heads", "head_dim"),
             ("dtype", "kernel", "window"), _prefill, "attention of new tokens, projections excluded",
             {**_KERNEL, "window": 0, "past": 0},
-            ("streams", "tokens", "past", "heads_per_kv", "head_dim"), _place_prefill, _prefill_at,
+            ("streams", "tokens", "past", "heads_per_kv", "head_dim"), _place_prefill, _prefill_at, _hint_streams,
         ),
         Family(
             "attention_decode", ("batch", "context", "heads", "kv_heads", "head_dim"), ("dtype", "kernel", "window"),
             _decode, "attention of one new token per sequence", {**_KERNEL, "window": 0},
-            ("streams", "context", "heads_per_kv", "head_dim"), _place_decode, _decode_at,
+            ("streams", "context", "heads_per_kv", "head_dim"), _place_decode, _decode_at, _hint_streams,
         ),
         Family(
             "mla_prefill", ("batch", "tokens", "past", "heads"), ("dtype", "kernel"), _mla_prefill,
@@ -252,15 +304,17 @@ FAMILIES = {
         Family("read", ("nbytes",), ("direct", "depth"), _bytes, "drive to host memory", {"depth": 1}, link=True),
         Family(
             "host_expert", ("tokens", "hidden", "ffn", "threads"), ("dtype", "matrices"), _host,
-            "one expert on the CPU", {"matrices": 3},
+            "one expert on the CPU, rates per thread", {"matrices": 3},
+            ("tokens", "hidden", "ffn", "share_of_thread"), _place_host, _host_at,
         ),
         Family(
-            "handoff", ("tokens", "hidden"), (), lambda r: (4.0 * r["tokens"] * r["hidden"], 0.0),
-            "activations of a layer down to the host and back",
+            "handoff", ("tokens", "hidden"), (), lambda r: (_handoff_bytes(r), 0.0),
+            "activations of a layer down to the host and back", {},
+            ("nbytes",), _place_handoff, lambda x: {"tokens": 1, "hidden": x[0] / 4},
         ),
         Family(
-            "together", ("nbytes",), ("what", "h2d", "host", "disk", "gpu"), _bytes, "activities at the same time",
-            {"nbytes": 1}, link=True,
+            "together", ("nbytes", *ACTIVITIES), ("what",), _bytes, "an activity while others run", {},
+            ("nbytes", *(f"with_{name}" for name in ACTIVITIES)), _place_together, _together_at, link=True,
         ),
         Family(
             "collective", ("nbytes",), ("what", "devices", "kernel"), _bytes, "exchange between devices", _KERNEL,

@@ -3,6 +3,7 @@
 Physics: overhead + (memory^p + compute^p)^(1/p), memory = bytes / bandwidth and compute = operations / rate, fitted to
 the logarithm of the times with a soft L1 loss. The lattice holds log seconds at grid nodes, pulled towards the physics
 where no points are; beyond its edges the physics alone says how a time grows, and the curve calls it extrapolated.
+Tables of many shapes may get boosted trees on what is left, where that predicts held-out shapes clearly better.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from moesim.costs.families import Family, Row, family
+from moesim.costs.families import ACTIVITIES, Family, Row, family
 from moesim.costs.lattice import Lattice, choose_axes, fit_lattice, interpolation_matrix, near_points
+from moesim.costs.trees import Trees, grow
 from moesim.errors import CalibrationError
 
 MAX_NODES = 12000
@@ -25,7 +27,10 @@ SMOOTH = 0.03
 TILES = (1, 16, 64)
 MIN_POINTS = 3
 MIN_COVERED = 0.5  # of a cell's corners, by their weight: with less a shape counts as extrapolated
+_MAY_BE_ZERO = ("past", "routed", *ACTIVITIES)
 UNIT = 250  # stored residuals are in steps of 0.4 %
+MIN_FOR_TREES = 400  # shapes
+WORTH_TREES = (0.01, 0.03)  # lower median or P90 of the held-out errors; they cost monotonicity, bytes and time
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Curve:
 
     axes: node positions as log2; residual: log seconds at the nodes minus the physics there, in steps of 0.4 %;
     covered: the nodes that points lay near, four a hexadecimal digit; errors and band (P10 and P90 of the log of
-    measured over predicted) are of shapes held out of the fit.
+    measured over predicted) are of shapes held out of the fit. trees: what is added to the log seconds on top; a curve
+    without them rises along its axes.
     """
 
     family: str
@@ -65,6 +71,7 @@ class Curve:
     holdout_median_error: float
     p90: float
     band: tuple[float, float]
+    trees: Trees | None = None
 
     def seconds(self, **features: float) -> float:
         """Time of one shape. Raises CalibrationError where a feature is missing or not a number above 0."""
@@ -72,11 +79,24 @@ class Curve:
 
     def ask(self, **features: float) -> tuple[float, bool]:
         """Time of one shape, and whether it is extrapolated."""
-        log_seconds, beyond = self.at(_place(family(self.family), features, self.physics.tile))
+        fam, row = family(self.family), {**self._variant, **features}
+        log_seconds, beyond = self._on_lattice(_place(fam, row, self.physics.tile))
+        if self.trees is not None:
+            log_seconds += self._on_trees(_place(fam, row, 1), row)
         return math.exp(log_seconds), beyond
 
     def at(self, point: list[float]) -> tuple[float, bool]:
         """Log seconds at a point given in the axes' log2, and whether it is extrapolated."""
+        log_seconds, beyond = self._on_lattice(point)
+        if self.trees is not None:
+            log_seconds += self._on_trees(point, _row_at(family(self.family), point))
+        return log_seconds, beyond
+
+    def _on_trees(self, point: list[float], row: Row) -> float:
+        assert self.trees is not None
+        return float(self.trees(np.array([point + _hints(family(self.family), row)]))[0])
+
+    def _on_lattice(self, point: list[float]) -> tuple[float, bool]:
         value, covered = self._lattice.at(point)
         if all(axis[0] - 1e-4 <= x <= axis[-1] + 1e-4 for x, axis in zip(point, self.axes, strict=True)):
             return value, covered < MIN_COVERED
@@ -120,6 +140,7 @@ class Curve:
             "band": [_short(x) for x in self.band],
             "covered": self.covered,
             "residual": list(self.residual),
+            **({"trees": self.trees.to_dict()} if self.trees else {}),
         }
 
     @classmethod
@@ -154,6 +175,7 @@ class Curve:
             float(data["holdout_median_error"]),
             float(data["p90"]),
             (float(data["band"][0]), float(data["band"][1])),
+            _read_trees(data["trees"], fam) if "trees" in data else None,
         )
 
     @cached_property
@@ -176,42 +198,72 @@ class Curve:
         return float(_physics_at(family(self.family), self._variant, self.physics, np.array([point]))[0])
 
 
-def fit_rows(rows: Iterable[Row]) -> list[Curve]:
-    """One curve per family and variant; variants with fewer than 3 shapes give none."""
+def _read_trees(data: Mapping[str, Any], fam: Family) -> Trees:
+    trees = Trees.from_dict(data)
+    wanted = len(fam.axis_names) + len(_hints(fam, _row_at(fam, [1.0] * len(fam.axis_names))))
+    if len(trees.thresholds) != wanted:
+        raise CalibrationError(f"{fam.name}: trees of {len(trees.thresholds)} features, but it has {wanted}")
+    return trees
+
+
+def fit_rows(rows: Iterable[Row], trees: bool = False) -> list[Curve]:
+    """One curve per family and variant; variants with fewer than 3 shapes give none. trees: as in fit_family."""
     groups: dict[tuple[str, tuple[Any, ...]], list[Row]] = {}
     for row in rows:
         fam = family(row["family"])
         groups.setdefault((fam.name, fam.key(row)), []).append(row)
-    return [curve for group in groups.values() if (curve := fit_family(group)) is not None]
+    return [curve for group in groups.values() if (curve := fit_family(group, trees)) is not None]
 
 
-def fit_family(rows: Sequence[Row]) -> Curve | None:
+def fit_family(rows: Sequence[Row], trees: bool = False) -> Curve | None:
     """The curve of rows of one family and variant, None where they hold fewer than 3 shapes.
 
-    Raises CalibrationError where a row is incomplete, of another variant, or has a value that cannot be.
+    trees: try boosted trees on top, which need scikit-learn. Raises CalibrationError where a row is incomplete, of
+    another variant, or has a value that cannot be.
     """
-    fam, variant, points, log_seconds = _table(rows)
+    fam, variant, points, hints, log_seconds = _table(rows, trees)
     if len(points) < MIN_POINTS:
         return None
     tiles = TILES if fam.tiled and len(points) >= 20 * len(TILES) else (1,)
     tried = [(_holdout(fam, variant, _tile(fam, points, tile), log_seconds, tile), tile) for tile in tiles]
-    errors, tile = min(tried, key=lambda pair: float(np.median(np.abs(np.expm1(pair[0])))))
-    physics, axes, values = _fit(fam, variant, _tile(fam, points, tile), log_seconds, tile)
+    errors, tile = min(tried, key=lambda pair: _errors(pair[0])[0])
+    tiled = _tile(fam, points, tile)
+    features, with_trees, grown = np.hstack([points, hints]), None, None
+    if trees and len(points) >= MIN_FOR_TREES:
+        with_trees = _holdout(fam, variant, tiled, log_seconds, tile, features)
+    physics, axes, values = _fit(fam, variant, tiled, log_seconds, tile)
+    if with_trees is not None and _worth_it(_errors(errors), _errors(with_trees)):
+        errors = with_trees
+        grown = grow(features, log_seconds - interpolation_matrix(axes, tiled) @ values)
     nodes = np.array(list(product(*axes)))
     residual = values - _physics_at(fam, variant, physics, nodes)
-    off = np.abs(np.expm1(-errors))  # |predicted / measured - 1|
+    median, p90 = _errors(errors)
     return Curve(
         family=fam.name,
         variant=tuple(variant.values()),
         physics=physics,
         axes=tuple(map(tuple, axes)),
         residual=tuple(np.rint(residual * UNIT).astype(int).tolist()),
-        covered=_hexadecimal(near_points(axes, _tile(fam, points, tile))),
+        covered=_hexadecimal(near_points(axes, tiled)),
         points=len(points),
-        holdout_median_error=float(np.median(off)),
-        p90=float(np.quantile(off, 0.9)),
+        holdout_median_error=median,
+        p90=p90,
         band=(float(np.quantile(errors, 0.1)), float(np.quantile(errors, 0.9))),
+        trees=grown,
     )
+
+
+def _errors(logs: np.ndarray) -> tuple[float, float]:
+    """Median and P90 of |predicted / measured - 1| from log(measured / predicted)."""
+    off = np.abs(np.expm1(-logs))
+    return float(np.median(off)), float(np.quantile(off, 0.9))
+
+
+def _worth_it(plain: tuple[float, float], better: tuple[float, float]) -> bool:
+    """Whether either error falls by enough, and the other does not rise by as large a share."""
+    gains = [a - b for a, b in zip(plain, better, strict=True)]
+    enough = any(gain >= least for gain, least in zip(gains, WORTH_TREES, strict=True))
+    return enough and math.prod(better) < math.prod(plain)
 
 
 def _hexadecimal(flags: np.ndarray) -> str:
@@ -230,28 +282,43 @@ def rescale(curve: Curve, scale: str) -> Curve:
     return replace(curve, physics=moved)
 
 
-def _table(rows: Sequence[Row]) -> tuple[Family, dict[str, Any], np.ndarray, np.ndarray]:
-    """Family, variant, points [n, d] (log2 of the axes, distinct) and the median log seconds of each."""
+def _table(rows: Sequence[Row], hinted: bool) -> tuple[Family, dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Family, variant, points [n, d] (log2 of the axes), hints [n, h] and the median log seconds of each.
+
+    The points are distinct; if `hinted`, together with their hints.
+    """
     fam = family(rows[0]["family"])
     key = fam.key(rows[0])
-    merged: dict[tuple[float, ...], list[float]] = {}
+    merged: dict[tuple[tuple[float, ...], tuple[float, ...]], list[float]] = {}
     for row in rows:
         if row["family"] != fam.name or fam.key(row) != key:
             raise CalibrationError(f"{fam.name}: rows of several families or variants; fit one at a time")
         seconds = row["seconds"]
         if not (isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds > 0):
             raise CalibrationError(f"{fam.name}: seconds {seconds!r} is not a time above 0")
-        merged.setdefault(tuple(_place(fam, row, 1)), []).append(math.log(seconds))
-    points = np.array(list(merged))
+        at = tuple(_place(fam, row, 1)), tuple(_hints(fam, row)) if hinted else ()
+        merged.setdefault(at, []).append(math.log(seconds))
     log_seconds = np.array([float(np.median(values)) for values in merged.values()])
-    return fam, dict(zip(fam.variant, key, strict=True)), points, log_seconds
+    points, hints = (np.array(part) for part in zip(*merged, strict=True))
+    return fam, dict(zip(fam.variant, key, strict=True)), points, hints, log_seconds
+
+
+def _hints(fam: Family, row: Row) -> list[float]:
+    """log2 of what libraries choose kernels by beside the shape."""
+    return [math.log2(max(value, 1e-9)) for value in fam.hint(row)] if fam.hint else []
+
+
+def _row_at(fam: Family, point: Sequence[float]) -> Row:
+    """A row with the work of a point given in the axes' log2."""
+    values = [_from_log(name, x) for name, x in zip(fam.axis_names, point, strict=True)]
+    return fam.row_at(values) if fam.row_at else dict(zip(fam.axis_names, values, strict=True))
 
 
 def _place(fam: Family, row: Mapping[str, Any], tile: int) -> list[float]:
     """log2 of each axis; `past`, which may be 0, as log2(1 + past)."""
     for column in fam.shape:
         value = row.get(column, fam.constant.get(column))
-        least = 0 if column in ("past", "routed") else 1e-9
+        least = 0 if column in _MAY_BE_ZERO else 1e-9
         if value is None or not least <= value < math.inf:
             raise CalibrationError(f"{fam.name}: {column} {value!r} must be a number above 0")
     values = fam.place(row) if fam.place else [fam.value(row, column) for column in fam.shape]
@@ -278,12 +345,7 @@ def _tile(fam: Family, points: np.ndarray, tile: int) -> np.ndarray:
 
 def _work(fam: Family, variant: Row, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and operations at `points` [n, d]."""
-    names = fam.axis_names
-    pairs = []
-    for point in points:
-        values = [_from_log(name, x) for name, x in zip(names, point, strict=True)]
-        row = fam.row_at(values) if fam.row_at else dict(zip(names, values, strict=True))
-        pairs.append(fam.work({**variant, **row}))
+    pairs = [fam.work({**variant, **_row_at(fam, point)}) for point in points]
     both = np.array(pairs, dtype=float)
     return both[:, 0], both[:, 1]
 
@@ -326,8 +388,15 @@ def _fit_physics(nbytes: np.ndarray, flops: np.ndarray, log_seconds: np.ndarray,
     return physics(found.x)
 
 
-def _holdout(fam: Family, variant: Row, points: np.ndarray, log_seconds: np.ndarray, tile: int) -> np.ndarray:
-    """log(measured / predicted) of shapes left out of the fit.
+def _holdout(
+    fam: Family,
+    variant: Row,
+    points: np.ndarray,
+    log_seconds: np.ndarray,
+    tile: int,
+    features: np.ndarray | None = None,
+) -> np.ndarray:
+    """log(measured / predicted) of shapes left out of the fit; with `features` trees of them are grown on top.
 
     Many shapes: a random half predicts the other. Fewer than 200: ten folds, so that each fit keeps nine tenths.
     """
@@ -338,9 +407,12 @@ def _holdout(fam: Family, variant: Row, points: np.ndarray, log_seconds: np.ndar
     for left_out in range(1 if folds == 2 else folds):
         out = fold[index.ravel()] == left_out
         physics, axes, values = _fit(fam, variant, points[~out], log_seconds[~out], tile)
-        edge = np.clip(points[out], [axis[0] for axis in axes], [axis[-1] for axis in axes])
-        beyond = _physics_at(fam, variant, physics, points[out]) - _physics_at(fam, variant, physics, edge)
-        errors.append(log_seconds[out] - beyond - interpolation_matrix(axes, edge) @ values)
+        edge = np.clip(points, [axis[0] for axis in axes], [axis[-1] for axis in axes])
+        beyond = _physics_at(fam, variant, physics, points[out]) - _physics_at(fam, variant, physics, edge[out])
+        left = log_seconds - interpolation_matrix(axes, edge) @ values
+        if features is not None:
+            left = left - grow(features[~out], left[~out])(features)
+        errors.append(left[out] - beyond)
     return np.concatenate(errors)
 
 

@@ -12,6 +12,7 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any
 
+from moesim.costs.families import ACTIVITIES
 from moesim.costs.fit import Curve, rescale
 from moesim.costs.roofline import Attended, Roofline
 from moesim.machine import Machine
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moesim.model import Model
     from moesim.profile import Profile
 
+_SLOWED = 1.1  # times as long beside others as alone: below it measurements cannot tell
 PREFERRED = "vllm"  # engine whose kernels are taken where a profile holds those of several
 
 
@@ -99,6 +101,8 @@ class Fitted(Roofline):
             return super().grouped(active, pairs, params=params, nbytes=nbytes, pair_bytes=pair_bytes, bits=bits)
         hidden = self._model.hidden if self._model else math.sqrt(params / matrices)
         shape = {"active": active, "hidden": hidden, "ffn": params / matrices / hidden}
+        if self._model:
+            shape |= {"experts": self._model.experts, "top_k": self._model.top_k}
         return self._ask(curves, pairs=max(pairs, active), routed=max(pairs, active), **shape)
 
     def attention(self, nbytes: float, flops: float, shape: Attended | None = None) -> float:
@@ -141,7 +145,7 @@ class Fitted(Roofline):
         if not curves:
             return super().host_expert(tokens, params, nbytes)
         shape = {"hidden": self._model.hidden, "ffn": params / self._model.ffn_matrices / self._model.hidden}
-        return self._ask(curves, tokens=tokens, threads=curves[0].range["threads"][1], **shape)
+        return self._ask(curves, tokens=tokens, threads=round(1 / curves[0].range["share_of_thread"][0]), **shape)
 
     def handoff(self) -> float:
         curve = self._one("handoff", ())
@@ -163,6 +167,23 @@ class Fitted(Roofline):
         curve = self._reading()
         return super().read(nbytes) if curve is None or not nbytes else self._ask([curve], nbytes=nbytes)
 
+    # Between devices
+
+    def exchange(self, what: str, nbytes: float, devices: int) -> float | None:
+        """Seconds of a collective `what` (all_to_all, all_reduce, all_gather, reduce_scatter) of `nbytes` per device.
+
+        nbytes is what each device holds before it. A number of devices that was not measured counts as the next larger
+        one that was; None where there is none, or no such collective. NCCL's curve goes before others'.
+        """
+        curves = [c for c in self._curves.get("collective", []) if c.variant[0] == what and c.variant[1] >= devices]
+        if devices < 2 or not nbytes:
+            return 0.0
+        if not curves:
+            return None
+        fewest = min(curve.variant[1] for curve in curves)
+        curves = [curve for curve in curves if curve.variant[1] == fewest]
+        return self._ask(sorted(curves, key=lambda c: c.variant[2] != "NCCL"), nbytes=nbytes)
+
     # Choosing and asking
 
     def _measure_links(self) -> None:
@@ -176,6 +197,30 @@ class Fitted(Roofline):
             self.duplex_gbps = max(self.copy_gbps, together if all(both) else self.duplex_gbps)
         if drive is not None:
             self.read_gbps = drive.physics.bandwidth / 1e9
+        if not self.machine.unified:
+            self._measure_sharing()
+
+    def _measure_sharing(self) -> None:
+        """What copies, CPU experts and drive reads draw from host memory at the same time.
+
+        If none is slowed by the others, memory holds at least that sum; if one is, the sum is all it holds.
+        """
+        curves = {str(curve.variant[0]): curve for curve in self._curves.get("together", [])}
+        users = [name for name in ("h2d", "host", "disk") if name in curves]
+        nbytes = min((curves[name].range["nbytes"][1] for name in users), default=0)
+        others = [
+            name for name in users if all(f"with_{name}" in _measured_beside(curves[o]) for o in users if o != name)
+        ]
+        if len(others) < 2 or "host" not in others:
+            return
+        flags = {name: int(name in others) for name in ACTIVITIES}
+        alone = dict.fromkeys(ACTIVITIES, 0)
+        total, slowed = 0.0, False
+        for name in others:
+            mixed = curves[name].seconds(nbytes=nbytes, **flags)
+            slowed |= mixed > _SLOWED * curves[name].seconds(nbytes=nbytes, **alone)
+            total += nbytes / mixed / 1e9
+        self.dram_gbps = max(total, self.copy_gbps) if slowed else max(self.dram_gbps, total)
 
     def _copy_curve(self, direction: str, pinned: int, parts: int = 1, both: int = 0) -> Curve | None:
         return self._one("copy", (direction, pinned, 1, parts, both))
@@ -208,6 +253,11 @@ class Fitted(Roofline):
         curve = curves[0]
         self.extrapolated.add(curve.name)
         return curve.ask(**features)[0]
+
+
+def _measured_beside(curve: Curve) -> set[str]:
+    """Flags of a `together` curve that were measured both on and off."""
+    return {name for name, (low, high) in curve.range.items() if low != high}
 
 
 def dtypes(bits: float) -> tuple[str, ...]:

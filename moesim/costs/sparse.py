@@ -11,10 +11,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from moesim.efficiencies import read_table
+from moesim.errors import PolicyError
 
 if TYPE_CHECKING:
     from moesim.costs.roofline import Roofline
+    from moesim.model import Model
 
+BITS = 9  # per weight of the dense 16-bit matrix: half the values, 2 bits for the position of each
 SOURCE = "imported: published 2:4 speed-ups, data/sparse24.csv"
 _ALIKE = {"8.9": "8.6"}  # Ada's consumer cards are taken as Ampere's
 
@@ -56,6 +59,28 @@ def break_even(points: list[tuple[int, float]]) -> int | None:
             break
         fewest = rows
     return fewest
+
+
+def grouped_seconds(costs: Roofline, model: Model, active: int, pairs: int, nbytes: float, bits: float) -> float:
+    """Experts kept 2:4: the dense grouped kernel, faster or slower as 2:4 is at the mean rows of an expert.
+
+    Raises PolicyError unless the experts are stored at 9 bits per weight, which is what such a matrix takes.
+    """
+    if not active or not pairs:
+        return 0.0
+    if bits != BITS:
+        raise PolicyError(
+            f"kernel sparse24 needs experts of {BITS} bits per weight, not {bits:.3g}; set expert_bits={BITS}"
+        )
+    rows, hidden, ffn = math.ceil(pairs / active), model.hidden, model.expert_ffn
+    dense = sparse = 0.0
+    for count, n, k in ((model.ffn_matrices - 1, ffn, hidden), (1, hidden, ffn)):
+        dense += count * costs.gemm(rows, n * k, 2.0 * n * k, depth=k)
+        sparse += count * costs.sparse_gemm(rows, n, k)
+    params = model.expert_params
+    pair_bytes = 2.0 * (2 * hidden + 3 * ffn)
+    whole = costs.grouped(active, pairs, params=params, nbytes=2.0 * params, pair_bytes=pair_bytes, bits=16)
+    return whole * sparse / dense
 
 
 def _speedup(row: dict[str, str]) -> float:

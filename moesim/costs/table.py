@@ -9,6 +9,7 @@ from moesim.costs.ceiling import ceiling_seconds
 from moesim.costs.layers import ACTIVATION_BYTES, LayerCosts
 from moesim.costs.roofline import Roofline
 from moesim.costs.samoyeds import grouped_seconds
+from moesim.costs.sparse import grouped_seconds as sparse24_seconds
 from moesim.machine import Machine
 from moesim.units import ns
 
@@ -27,6 +28,7 @@ def _grouped(costs: Roofline, model: Model, active: int, pairs: int, nbytes: flo
 KERNELS: dict[str, Callable[[Roofline, Model, int, int, float, float], float]] = {
     "grouped": _grouped,
     "samoyeds": grouped_seconds,
+    "sparse24": sparse24_seconds,
 }
 
 

@@ -57,7 +57,7 @@ def import_profile(
         raise CalibrationError(f"{path}: does not exist")
     module = importlib.import_module(f"moesim.profile_import.{form}")
     found: Import = module.read(path)
-    curves = [curve for rows in found.rows for curve in fit_rows(_of_engines(rows, engines))]
+    curves = [curve for rows in found.rows for curve in fit_rows(_of_engines(rows, engines), trees=True)]
     if not curves:
         raise CalibrationError(f"{path}: no table that a curve could be fitted to; is it the {form} format?")
     meta = {

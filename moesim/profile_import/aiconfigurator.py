@@ -139,7 +139,8 @@ def _moe(row: Row) -> list[Row]:
         raise CalibrationError(f"distribution {distribution!r} is neither balanced nor power_law_ALPHA")
     return [{
         "family": "grouped", "pairs": pairs, "active": active, "hidden": row["hidden_size"],
-        "ffn": row["inter_size"] / row["moe_tp_size"], "routed": routed, "dtype": DTYPES.get(row["moe_dtype"]),
+        "ffn": row["inter_size"] / row["moe_tp_size"], "routed": routed, "experts": experts / devices,
+        "top_k": row["topk"], "dtype": DTYPES.get(row["moe_dtype"]),
         "matrices": 2 if "nongated" in row["kernel_source"] else 3,
         "kernel": _kernel(row) + str(row["op_name"]).removeprefix("moe").replace("_", " "),
         "seconds": row["latency"] * 1e-3,

@@ -79,7 +79,18 @@ def test_interrupted_keeps_a_profile(tmp_path):
 
 def test_little_needs_to_be_installed(tmp_path):
     """Neither the simulator's nor the plots' libraries: a GPU machine may have none of them."""
-    absent = ("simpy", "typer", "click", "plotly", "pydantic", "streamlit", "transformers", "numba", "pynvml")
+    absent = (
+        "simpy",
+        "sklearn",
+        "typer",
+        "click",
+        "plotly",
+        "pydantic",
+        "streamlit",
+        "transformers",
+        "numba",
+        "pynvml",
+    )
     blocker = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in absent)
     (tmp_path / "sitecustomize.py").write_text(blocker)
     done = subprocess.run(

@@ -11,6 +11,7 @@ from moesim.costs.fit import fit_rows
 from moesim.costs.fitted import Fitted, costs_of, dtypes
 from moesim.costs.roofline import Attended, Roofline
 from moesim.costs.table import CostTable
+from moesim.errors import PolicyError
 from moesim.machine import load_machine
 from moesim.model import load_model
 from moesim.profile import Profile
@@ -125,6 +126,63 @@ def test_copies_and_the_rates_they_share() -> None:
     assert costs.copy(3 << 20, 3) == pytest.approx(3 * (1e-5 + (1 << 20) / 2e10), rel=0.02)
     assert costs.copy_gbps == pytest.approx(20, rel=0.02) and costs.duplex_gbps == pytest.approx(30, rel=0.02)
     assert "copies" not in costs.assumed and "drive reads" in costs.assumed
+
+
+def test_more_threads_take_less_time() -> None:
+    rows = [
+        {"family": "host_expert", "tokens": t, "hidden": h, "ffn": f, "threads": c, "dtype": "bf16",
+         "seconds": 1e-5 + 6 * h * f / 2e10 / min(c, 4) + 6 * t * h * f / 4e10 / c}
+        for t in (1, 4, 16, 64) for h, f in ((1024, 512), (4096, 1536), (4096, 14336)) for c in (1, 2, 4, 8)
+    ]  # fmt: skip
+    (curve,) = fit_rows(rows)
+    assert curve.holdout_median_error < 0.1
+    assert curve.seconds(tokens=16, hidden=4096, ffn=1536, threads=8) < 0.6 * curve.seconds(
+        tokens=16, hidden=4096, ffn=1536, threads=2
+    )
+    asked = fitted(rows).serving(MIXTRAL).host_expert(4, MIXTRAL.expert_params, 2.0 * MIXTRAL.expert_params)
+    assert asked == pytest.approx(curve.seconds(tokens=4, hidden=4096, ffn=14336, threads=8))
+
+
+def together(slowdown: float) -> list[dict]:
+    """Copies at 20 GB/s, CPU experts at 40, reads at 5; each `slowdown` times slower per other activity."""
+    rates = {"h2d": 20e9, "host": 40e9, "disk": 5e9}
+    return [
+        {"family": "together", "what": what, "nbytes": n, "gpu": 0, **dict(zip(rates, mix, strict=True)),
+         "seconds": n / rates[what] * slowdown ** (sum(mix) - 1)}
+        for n in (1 << 22, 1 << 24, 1 << 26)
+        for mix in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
+        for what, on in zip(rates, mix, strict=True) if on
+    ]  # fmt: skip
+
+
+def test_host_memory_holds_what_was_measured_together() -> None:
+    assert fitted(copies(), together(1.4)).dram_gbps == pytest.approx(65 / 1.96, rel=0.1), "they slow one another"
+    sheet = Roofline(machine()).dram_gbps
+    assert fitted(copies(), together(1.0)).dram_gbps == pytest.approx(max(sheet, 65), rel=0.1), "they do not"
+
+
+def test_exchanges_between_devices() -> None:
+    rows = [
+        {"family": "collective", "what": "all_reduce", "devices": d, "kernel": k, "nbytes": 1 << i,
+         "seconds": slow * (1e-5 + (1 << i) / 1e11)}
+        for i in range(10, 30, 2) for d, k, slow in ((2, "NCCL", 1), (8, "NCCL", 2), (8, "custom", 1.5))
+    ]  # fmt: skip
+    costs = fitted(rows)
+    assert costs.exchange("all_reduce", 1 << 20, 4) == pytest.approx(2 * (1e-5 + (1 << 20) / 1e11), rel=0.02)
+    assert costs.exchange("all_reduce", 1 << 20, 16) is None and costs.exchange("all_to_all", 1 << 20, 2) is None
+    assert costs.exchange("all_reduce", 1 << 20, 1) == 0
+
+
+def test_sparse_experts_follow_the_sparse_curve() -> None:
+    box = load_machine("h100")
+    costs = costs_of(box)
+    dense = CostTable(MIXTRAL, box, costs, offloaded=False)
+    sparse = CostTable(replace(MIXTRAL, expert_bits=9), box, costs, offloaded=False, kernel="sparse24")
+    assert sparse.expert_bytes() == pytest.approx(dense.expert_bytes() * 9 / 16, rel=1e-3)
+    assert sparse.grouped_ns(8, 8 * 4) > dense.grouped_ns(8, 8 * 4), "few rows: positions cost more than they save"
+    assert sparse.grouped_ns(8, 8 * 4096) < dense.grouped_ns(8, 8 * 4096)
+    with pytest.raises(PolicyError, match="expert_bits=9"):
+        CostTable(MIXTRAL, box, costs, offloaded=False, kernel="sparse24").grouped_ns(8, 8)
 
 
 def test_scale_brackets_and_label() -> None:

@@ -14,9 +14,9 @@ from moesim.calibrate.families.reads import open_reader
 from moesim.calibrate.family import Family, Point, number
 from moesim.calibrate.host import host_side
 from moesim.calibrate.timing import Timer, Timing, Work, measure
+from moesim.costs.families import ACTIVITIES
 from moesim.units import MIB
 
-_WHAT = ("h2d", "host", "disk", "gpu")
 _HIDDEN = 2048
 
 
@@ -27,8 +27,8 @@ def points(device: Device, budget_s: float) -> list[Point]:
         {"what": what, "h2d": mix[0], "host": mix[1], "disk": mix[2], "gpu": mix[3], "nbytes": nbytes}
         for nbytes in sizes
         for mix in product((0, 1), repeat=4)
-        for what in _WHAT
-        if mix[_WHAT.index(what)]
+        for what in ACTIVITIES
+        if mix[ACTIVITIES.index(what)]
     ]
 
 
@@ -46,12 +46,12 @@ def measure_together(point: Point, device: Device, timer: Timer) -> Timing:
     nbytes = number(point, "nbytes")[0]
     what = str(point["what"])
     with ExitStack() as stack:
-        for other in _WHAT:
+        for other in ACTIVITIES:
             if other != what and point[other]:
                 run = stack.enter_context(_activity(other, device, timer, nbytes))
                 stack.enter_context(background(run))
         own = stack.enter_context(_activity(what, device, timer, nbytes))
-        return measure(Work(own, wall=True, threads=sum(int(point[name]) for name in _WHAT)), timer)
+        return measure(Work(own, wall=True, threads=sum(int(point[name]) for name in ACTIVITIES)), timer)
 
 
 @contextmanager
