@@ -8,6 +8,8 @@ from typing import Any
 from moesim.files import write_text
 from moesim.output import to_json
 
+EXPERTS_ON = {"disk": "on disk", "memory": "in memory"}
+
 
 def save(result: dict[str, Any], directory: Path) -> None:
     """live.json, live.txt and, where plotly is installed and times were measured, the page live.html."""
@@ -32,7 +34,9 @@ def save(result: dict[str, Any], directory: Path) -> None:
 def text(result: dict[str, Any]) -> str:
     """The summary, a line per case, and the costs the predictions were made with."""
     c = result["conditions"]
-    where = f"{c['gpu'] or c['cpu']}, {c['cores']} cores, torch {c['torch']}; experts in {result['experts_on']}"
+    where = (
+        f"{c['gpu'] or c['cpu']}, {c['cores']} cores, torch {c['torch']}; experts {EXPERTS_ON[result['experts_on']]}"
+    )
     lines = [
         f"live validation on {result['device']}: {result['status'].upper()}",
         where + (f", copies paced to {result['pace_gbps']:g} GB/s" if result["pace_gbps"] else ""),
