@@ -54,6 +54,9 @@ SloOption = Annotated[float | None, typer.Option("--slo", help="Time promised to
 BatchTokens = Annotated[int, typer.Option("--max-batch-tokens", help="New tokens per step.")]
 ChunkOption = Annotated[int, typer.Option("--chunk", help="Prompt tokens per request and step; 0 = whole prompts.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change one choice, such as eviction.scope=global.")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="auto, events or compiled; equal results, auto is compiled where it can be.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the results.")]
@@ -77,7 +80,7 @@ def _root(
 def _question(
     model: str | None, machine: str, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
     request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
-    num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int,
+    num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int, engine: str,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
     from moesim.question import Question
@@ -100,6 +103,7 @@ def _question(
         max_batch_tokens=max_batch_tokens,
         chunk=chunk,
         seed=seed,
+        engine=engine,
     )
 
 
@@ -124,6 +128,7 @@ def replay(
     chunk: ChunkOption = 0,
     settings: SetOption = None,
     seed: SeedOption = 0,
+    engine: EngineOption = "auto",
     anchors: Annotated[bool, typer.Option("--anchors/--no-anchors", help="Also run the four anchors.")] = True,
     timeline: Annotated[Path | None, typer.Option("--timeline", help="Write a timeline for ui.perfetto.dev.")] = None,
     as_json: JsonOption = False,
@@ -137,7 +142,7 @@ def replay(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
     )  # fmt: skip
     result = run(read(trace), policy, question, settings or [], anchors, detail=bool(timeline or output))
     if timeline and result.records.requests:
@@ -167,6 +172,7 @@ def compare(
     max_batch_tokens: BatchTokens = 8192,
     chunk: ChunkOption = 0,
     seed: SeedOption = 0,
+    engine: EngineOption = "auto",
     as_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
 ) -> None:
@@ -178,7 +184,7 @@ def compare(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
     )  # fmt: skip
     result = compare_policies(read(trace), split_specs(policies), question)
     _print(result, format_comparison(result), as_json, output)

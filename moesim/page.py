@@ -17,7 +17,8 @@ def format_run(run: Run) -> str:
         + (f" ({s['status_reason']})" if s["status_reason"] else ""),
         f"trace {inputs['trace']['model']}, {inputs['trace']['provenance']} routing, "
         f"{inputs['workload']['requests']} requests {inputs['workload']['arrivals']}, "
-        f"at most {inputs['workload']['max_concurrency']} at once; costs: {inputs['costs']}",
+        f"at most {inputs['workload']['max_concurrency']} at once; costs: {inputs['costs']}"
+        + (f"; {s['engine']['used']} engine" if m else ""),
     ]
     if m:
         lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]

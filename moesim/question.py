@@ -14,7 +14,7 @@ from moesim.costs.fitted import Fitted, costs_of
 from moesim.costs.roofline import Roofline
 from moesim.costs.table import CostTable
 from moesim.engine.serve import Limits
-from moesim.engine.simulate import Outcome, Setting, ceiling, simulate
+from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
 from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
@@ -54,6 +54,7 @@ class Question:
     max_batch_tokens: int = 8192
     chunk: int = 0
     seed: int = 0
+    engine: str = "auto"  # events | compiled
 
     def __post_init__(self) -> None:
         least_of = {"max_concurrency": 1, "max_num_seqs": 1, "max_batch_tokens": 1, "chunk": 0, "seed": 0}
@@ -277,7 +278,7 @@ def _simulate(
     setting = scene.setting(system, ledger, scale)
     rows = sum(len(r.prefill) + len(r.decode) for r in scene.workload.requests)
     with progress(f"{system.name}: tokens", rows, shown) as advance:
-        return simulate(setting, system, detail, beliefs, on_tokens=advance)
+        return simulate(setting, system, detail, beliefs, on_tokens=advance, engine=scene.question.engine)
 
 
 def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> dict[str, Any]:
@@ -291,6 +292,7 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
         "status": status,
         "status_reason": reason,
         "inputs": _inputs(scene, system),
+        "engine": dict(zip(("used", "because"), choose_engine(scene.question.engine, system), strict=True)),
         "metrics": numbers,
         "routing_fidelity": metrics.routing_fidelity(
             scene.given[1], scene.trace, scene.workload, outcome.counts, altered

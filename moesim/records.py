@@ -20,19 +20,39 @@ KERNELS = ("mixer", "resident experts", "arrived expert", "step")
 
 
 class Table:
-    """int64 rows of named columns, appended one after the other."""
+    """int64 rows of named columns, appended one after the other or many at once."""
 
     def __init__(self, columns: tuple[str, ...]) -> None:
         self.columns = columns
-        self._values = array("q")
-        self.add = self._values.extend
+        self._last = array("q")  # rows added one by one since the last block
+        self._blocks: list[NDArray[np.int64]] = []
+        self.add = self._last.extend
+
+    def extend(self, rows: NDArray[np.int64]) -> None:
+        """Many rows at once, which are the table's from now on: [rows, columns]."""
+        if len(rows):
+            self._close()
+            self._blocks.append(rows)
+
+    def _close(self) -> None:
+        """What was added one by one becomes a block."""
+        if self._last:
+            self._blocks.append(np.array(self._last, dtype=np.int64).reshape(-1, len(self.columns)))
+            del self._last[:]
 
     def __len__(self) -> int:
-        return len(self._values) // len(self.columns)
+        return sum(map(len, self._blocks)) + len(self._last) // len(self.columns)
+
+    def rows(self) -> NDArray[np.int64]:
+        """All rows, in order: [rows, columns]."""
+        self._close()
+        if len(self._blocks) != 1:
+            empty = np.empty((0, len(self.columns)), dtype=np.int64)
+            self._blocks = [np.concatenate(self._blocks) if self._blocks else empty]
+        return self._blocks[0]
 
     def column(self, name: str) -> NDArray[np.int64]:
-        rows = np.frombuffer(self._values, dtype=np.int64) if self._values else np.empty(0, dtype=np.int64)
-        return rows.reshape(-1, len(self.columns))[:, self.columns.index(name)].copy()
+        return self.rows()[:, self.columns.index(name)].copy()
 
     def to_arrow(self) -> Any:
         import pyarrow as pa

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from moesim.errors import MoesimError
 
@@ -37,3 +38,8 @@ def ns(seconds: float) -> int:
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"a duration must be finite and not negative, not {seconds}")
     return int(seconds * 1e9 + 0.5)
+
+
+def many_ns(seconds: Any) -> Any:
+    """`ns` of an array of durations that are known to be such."""
+    return (seconds * 1e9 + 0.5).astype("int64")

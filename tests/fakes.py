@@ -50,6 +50,16 @@ class FakeTable:
     def layers_ns(self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int]) -> list[int]:
         return [self.mixer] * self.layers
 
+    @property
+    def layer_kinds(self) -> list[int]:
+        return [0] * self.layers
+
+    def kinds_ns(self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int]) -> list[int]:
+        return [self.mixer]
+
+    def passes_ns(self, contexts: Sequence[int], passes: int) -> Any:
+        return np.full((passes, 1), self.mixer)
+
     def grouped_ns(self, active: int, tokens: int, bits: float | None = None) -> int:
         return self.per_expert * active
 

@@ -105,6 +105,8 @@ class Fitted(Roofline):
             shape |= {"experts": self._model.experts, "top_k": self._model.top_k}
         return self._ask(curves, pairs=max(pairs, active), routed=max(pairs, active), **shape)
 
+    many_at_once = False
+
     def attention(self, nbytes: float, flops: float, shape: Attended | None = None) -> float:
         """As the roofline's; the mean sequence stands for all of a batch."""
         model = self._model

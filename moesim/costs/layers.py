@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moesim.costs.roofline import Attended, Roofline
-from moesim.units import ns
+from moesim.units import many_ns, ns
 
 if TYPE_CHECKING:
     from moesim.model import Model
@@ -31,25 +34,70 @@ class LayerCosts:
         self._state_bytes = model.state_bytes / stateful if stateful else 0.0
         self._kv_bytes = model.kv_width * model.kv_bits / 8  # one cached token, one layer
         self._linear: dict[int, tuple[float, float, float, float]] = {}
+        self._decoded: dict[tuple[int, int, int], list[int]] = {}
         groups = _groups(model)
         self._kinds = sorted(set(groups))
         self._pattern = [self._kinds.index(group) for group in groups]
 
+    @property
+    def pattern(self) -> list[int]:
+        """The kind of each MoE layer: layers of one kind cost the same."""
+        return self._pattern
+
     def costs_ns(self, prefill: Prefill, decode_context: Sequence[int]) -> list[int]:
         """Per MoE layer, in whole nanoseconds; each includes the dense layers before it, the last those after it."""
+        by_kind = self.kinds_ns(prefill, decode_context)
+        return [by_kind[kind] for kind in self._pattern]
+
+    def kinds_ns(self, prefill: Prefill, decode_context: Sequence[int]) -> list[int]:
+        """Per kind of MoE layer."""
         tokens = len(decode_context) + sum(new for new, _ in prefill)
         if not tokens:
-            return [0] * len(self._pattern)
-        sequences = len(decode_context) + len(prefill)
-        attending, stateful, dense, moe = self._linear.get(tokens) or self._weights(tokens)
-        full = attending + self._attention(prefill, decode_context, 0)
+            return [0] * len(self._kinds)
+        if not prefill:
+            window = self._model.sliding_window
+            seen = sum(decode_context) + len(decode_context)
+            inside = sum(min(c + 1, window) for c in decode_context) if window else seen
+            return self._decoding(tokens, seen, inside)
+        full = self._attention(prefill, decode_context, 0)
         windowed = full
         if self._model.sliding_window:
-            windowed = attending + self._attention(prefill, decode_context, self._model.sliding_window)
+            windowed = self._attention(prefill, decode_context, self._model.sliding_window)
+        return self._by_kind(tokens, len(decode_context) + len(prefill), full, windowed)
+
+    def passes_ns(self, contexts: Sequence[int], passes: int) -> NDArray[np.int64]:
+        """The same for passes in which sequences decode one token each, from `contexts` on: [passes, kinds]."""
+        count, window = len(contexts), self._model.sliding_window
+        seen = sum(contexts) + count + count * np.arange(passes)
+        inside = seen
+        if window:
+            ends = np.array(contexts)[:, None] + np.arange(1, passes + 1)
+            inside = np.minimum(ends, window).sum(axis=0)
+        if self._costs.many_at_once:
+            full = self._decode_attention(count, seen, 0)
+            return np.stack(self._by_kind(count, count, full, self._decode_attention(count, inside, window)), axis=-1)
+        rows = zip(seen.tolist(), inside.tolist(), strict=True)
+        return np.array([self._decoding(count, *row) for row in rows], dtype=np.int64)
+
+    def _decoding(self, count: int, seen: int, inside: int) -> list[int]:
+        """`count` sequences that see so many tokens together, and so many inside their windows; remembered."""
+        key = (count, seen, inside)
+        known = self._decoded.get(key)
+        if known is None:
+            full = self._decode_attention(count, seen, 0)
+            window = self._model.sliding_window
+            windowed = self._decode_attention(count, inside, window) if window else full
+            known = self._decoded[key] = self._by_kind(count, count, full, windowed)
+        return known
+
+    def _by_kind(self, tokens: int, sequences: int, full: Any, windowed: Any) -> list[Any]:
+        """ns of every kind of layer; of many steps where `full` and `windowed`, seconds of attention, are arrays."""
+        attending, stateful, dense, moe = self._linear.get(tokens) or self._weights(tokens)
+        full, windowed = attending + full, attending + windowed
         if self._state_bytes:
             stateful += self._costs.attention(2 * sequences * self._state_bytes, 0)
-        by_kind = [ns(f * full + w * windowed + s * stateful + d * dense + moe) for f, w, s, d in self._kinds]
-        return [by_kind[kind] for kind in self._pattern]
+        to_ns = many_ns if isinstance(full, np.ndarray) else ns
+        return [to_ns(f * full + w * windowed + s * stateful + d * dense + moe) for f, w, s, d in self._kinds]
 
     def _weights(self, tokens: int) -> tuple[float, float, float, float]:
         """Seconds of (attention layer, layer without a KV cache, dense FFN, MoE parts) that depend on tokens only."""
@@ -79,13 +127,16 @@ class LayerCosts:
             cached = (
                 sum(min(c + 1, window) for c in decode_context) if window else sum(decode_context) + len(decode_context)
             )
-            shape = Attended(len(decode_context), 0, cached / len(decode_context), window)
-            total += self._costs.attention(cached * self._kv_bytes, cached * decode_flops(self._model), shape)
+            total += self._decode_attention(len(decode_context), cached, window)
         if prefill:
             cached = sum(min(old + new, window + new) if window else old + new for new, old in prefill)
             flops = sum(pairs(new, old, window) for new, old in prefill) * prefill_flops(self._model)
             total += self._costs.attention(cached * self._kv_bytes, flops, _alike(prefill, window))
         return total
+
+    def _decode_attention(self, count: int, seen: Any, window: int) -> Any:
+        shape = Attended(count, 0, seen / count, window)
+        return self._costs.attention(seen * self._kv_bytes, seen * decode_flops(self._model), shape)
 
 
 def _alike(prefill: Prefill, window: int) -> Attended:

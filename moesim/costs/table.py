@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moesim.costs.ceiling import ceiling_seconds
 from moesim.costs.layers import ACTIVATION_BYTES, LayerCosts
 from moesim.costs.roofline import Roofline
@@ -80,6 +83,19 @@ class CostTable:
         prefill: (new tokens, tokens cached before) per chunk; decode_context: cached tokens of each decoding sequence.
         """
         return self._layers.costs_ns(prefill, decode_context)
+
+    @property
+    def layer_kinds(self) -> list[int]:
+        """The kind of each MoE layer in `kinds_ns` and `passes_ns`."""
+        return self._layers.pattern
+
+    def kinds_ns(self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int]) -> list[int]:
+        """`layers_ns` by kind of layer."""
+        return self._layers.kinds_ns(prefill, decode_context)
+
+    def passes_ns(self, contexts: Sequence[int], passes: int) -> NDArray[np.int64]:
+        """`kinds_ns` of so many passes, in which the sequences decode one token each: [passes, kinds]."""
+        return self._layers.passes_ns(contexts, passes)
 
     # Routed experts
 

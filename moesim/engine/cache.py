@@ -34,11 +34,11 @@ class Entry:
 
 
 def _hash(seed: int, draw: int, key: int) -> int:
-    """splitmix64 of (seed, draw, key): a random order that any engine can repeat."""
+    """The upper 53 bits of splitmix64 of (seed, draw, key): a random order that any engine can repeat."""
     z = (seed * 0x9E3779B97F4A7C15 + draw * 0xBF58476D1CE4E5B9 + key * 0x94D049BB133111EB) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+    return (z ^ (z >> 31)) >> 11
 
 
 class Now:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ import simpy
 from numpy.typing import NDArray
 from simpy.events import Timeout
 
+from moesim.engine.batch import Batch
 from moesim.engine.cache import Entry
 from moesim.engine.clock import Clock
 from moesim.engine.host_tier import HostTier
-from moesim.engine.links import Copy
+from moesim.engine.links import Copy, Executor, Link
 from moesim.engine.own import Miss, own_miss
 from moesim.engine.residency import COMPUTE, FOREVER, HOST, LOWERED, NEVER, REROUTED, SKIPPED, Residency, Slots
 from moesim.policies import LOW, SKIP, cheaper, precision_levels, reroute
@@ -44,25 +45,14 @@ class Knowledge:
     next_use: NDArray[np.int32] | None = None
 
 
-@dataclass(eq=False)
-class Batch:
-    """One forward pass: its token rows in service order.
-
-    next_rows: the row each sequence will be at in the next step, for beliefs that reach across tokens.
-    prefill: (new tokens, tokens already cached) of each chunk; contexts: tokens cached of each decoding sequence.
-    """
-
-    rows: NDArray[np.int64]
-    next_rows: NDArray[np.int64]
-    prefill: list[tuple[int, int]]
-    contexts: list[int]
-
-
 Waves = tuple[Beliefs, list[list[int]], list[list[int]]]  # of this step's tokens and of the next step's, by layer
 
 
 class Device:
-    """A GPU with its expert slots, copy engines, host executor and NVMe; `step` runs one batch."""
+    """A GPU with its expert slots, copy engines, host executor and NVMe; `steps` runs a batch.
+
+    slots_of: the slots beside KV caches of so many bytes, where experts and caches share one memory.
+    """
 
     def __init__(
         self,
@@ -75,8 +65,11 @@ class Device:
         records: Records,
         host_tier: HostTier | None,
         seed: int,
+        slots_of: Callable[[int], Slots] | None = None,
     ) -> None:
         self._env, self._trace, self._table, self._system = env, trace, table, system
+        self._slots_of = slots_of
+        self._peak = 0
         self._knowledge, self._records = knowledge, records
         self._layers = trace.layers
         self._substituting = system.misses.substitutes
@@ -104,25 +97,72 @@ class Device:
             wake, self._wake = self._wake, None
             wake.succeed()
 
-    def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
+    def idle(self, gap: int) -> Generator[simpy.Event, Any, None]:
+        yield Timeout(self._env, gap)
+
+    def place(self, layer: int, expert: int, pinned: bool) -> None:
+        """Put an expert there before time begins, if it fits."""
+        self.memory.place(layer, expert, pinned)
+
+    def new_sequence(self) -> None:
+        """A request was admitted."""
+        self.memory.new_sequence()
+
+    def plan_later(self, delay: int, values: NDArray[np.float64]) -> None:
+        """Plan the cache by the values [layers, experts], `delay` ns from now."""
+        Timeout(self._env, delay).callbacks.append(lambda _: self.memory.plan(values))
+
+    def waiting(self) -> str:
+        """What a run that stands still waits for."""
+        return self.memory.waiting()
+
+    def finish(self) -> None:
+        """The run is over."""
+
+    @property
+    def links(self) -> dict[str, tuple[int, int]]:
+        """(busy ns, bytes) of every link and executor."""
+        memory = self.memory
+        links: dict[str, Link | Executor]
+        links = {"h2d": memory.h2d, "d2h": memory.d2h, "nvme": memory.nvme, "host": memory.host}
+        return {name: (link.busy_ns, link.nbytes) for name, link in links.items()}
+
+    @property
+    def peak_resident_bytes(self) -> int:
+        """Of experts, as seen between steps."""
+        return max(self._peak, self.memory.resident_bytes)
+
+    def steps(self, batch: Batch) -> Generator[simpy.Event, Any, list[int]]:
+        ends: list[int] = []
+        for i in range(batch.passes):
+            if i and self._env.now >= batch.until:
+                break
+            self._peak = self.peak_resident_bytes
+            if self._slots_of is not None:
+                self.memory.resize(self._slots_of(int(batch.kv_bytes[i])))
+            yield from self._pass(batch, i)
+            ends.append(self._env.now)
+        return ends
+
+    def _pass(self, batch: Batch, i: int) -> Generator[simpy.Event, Any, None]:
         """Run one forward pass; returns when its last layer has ended."""
         env, spent, detail = self._env, self.counts.spent, self._records.detail
-        rows = batch.rows
+        rows, next_rows = batch.rows_of(i), batch.next_rows_of(i)
         chosen = self._by_layer(self._trace.experts, rows)
         ahead = self._by_layer(self._knowledge.next_use, rows)
         believed = [
-            (b, self._by_layer(b.experts, rows), self._by_layer(b.experts, batch.next_rows) if b.wraps else [])
+            (b, self._by_layer(b.experts, rows), self._by_layer(b.experts, next_rows) if b.wraps else [])
             for b in self._knowledge.beliefs
         ]
         start = env.now
-        step_ns = self._table.step_ns(len(rows), len(batch.prefill) + len(batch.contexts))
+        step_ns = self._table.step_ns(len(rows), batch.sequences)
         if step_ns:
             yield Timeout(env, step_ns)
             spent["step"] += step_ns
         yield from self._foresee(-1, rows, believed)
         if self._system.prefetch.bulk:
             yield from self._settle()
-        for layer, mixer_ns in enumerate(self._table.layers_ns(batch.prefill, batch.contexts)):
+        for layer, mixer_ns in enumerate(self._table.layers_ns(batch.prefill, batch.contexts_of(i))):
             began = env.now
             if mixer_ns:
                 yield Timeout(env, mixer_ns)

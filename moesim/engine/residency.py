@@ -78,6 +78,18 @@ class Counts:  # noqa: PLW1641  (unhashable by the decorator)
         return len(plain) == 2 and plain[0] == plain[1]
 
 
+def shared_capacities(table: CostTable, system: System, reads: bool) -> dict[str, float]:
+    """Bytes/ns of the resources that the links could oversubscribe together. reads: some experts lie on the drive."""
+    back = table.copy_rate if system.transfer.write_back else 0.0
+    host = table.host_rate if system.misses.may_host else 0.0
+    demand = {
+        "dram": table.copy_rate + back + host + (table.read_rate if reads else 0.0),
+        "pcie": table.copy_rate + back,
+    }
+    capacity = {"dram": table.dram_gbps, "pcie": table.duplex_gbps}  # GB/s is bytes per ns
+    return {name: size for name, size in capacity.items() if demand[name] > size}
+
+
 class Residency:
     """Expert slots and the links that fill them. `arrived(entry)` is told of every expert a step waits for."""
 
@@ -141,14 +153,7 @@ class Residency:
     def _connect(self) -> None:
         """Links and executors, sharing only those resources that they could oversubscribe together."""
         table, env = self._table, self._env
-        back = table.copy_rate if self._system.transfer.write_back else 0.0
-        host = table.host_rate if self._system.misses.may_host else 0.0
-        demand = {
-            "dram": table.copy_rate + back + host + (table.read_rate if self._tier else 0.0),
-            "pcie": table.copy_rate + back,
-        }
-        capacity = {"dram": table.dram_gbps, "pcie": table.duplex_gbps}  # GB/s is bytes per ns
-        self._fluid = fluid = Fluid(env, {n: c for n, c in capacity.items() if demand[n] > c})
+        self._fluid = fluid = Fluid(env, shared_capacities(table, self._system, self._tier is not None))
 
         def link(uses: tuple[str, ...], part_ns: Callable[[int], int], last: bool, which: int) -> Link:
             return Link(
@@ -302,7 +307,9 @@ class Residency:
 
     def waiting(self) -> str:
         """What a run that stands still waits for."""
-        held = ", ".join(f"layer {c.layer} expert {c.expert}" for c in list(self.coming.values())[:3])
+        held = ", ".join(
+            f"layer {self.coming[k].layer} expert {self.coming[k].expert}" for k in sorted(self.coming)[:3]
+        )
         return f"waiting for a slot: {held or 'none'}; give the cache more slots, or change misses.keep"
 
     # -- copies -------------------------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
+from moesim.engine.batch import NO_LIMIT, Batch, Stepper
 from moesim.engine.clock import Clock
-from moesim.engine.events import Batch
 from moesim.errors import MemoryBudgetError
 from moesim.policies import Candidate, Scheduling
 from moesim.records import Records
@@ -22,12 +24,7 @@ if TYPE_CHECKING:
 
 
 LOOK = 64  # waiting requests a scheduler is shown
-
-
-class Stepper(Protocol):
-    """What serving needs of a device."""
-
-    def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]: ...
+MOST_PASSES = 2048  # in one batch
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,16 @@ class Sequence:
     def remaining(self) -> int:
         return len(self.request.decode) - self.decoded
 
-    def next_row(self) -> int:
-        """The trace row after its present step, or -1."""
-        prefill, decode = self.request.prefill, self.request.decode
-        if self.prefilled < len(prefill):
-            return int(prefill[self.prefilled])
-        return int(decode[self.decoded]) if self.decoded < len(decode) else -1
+    def rows_after(self, chunk: int) -> NDArray[np.int64]:
+        """The trace row that follows `chunk` more prompt tokens, if any."""
+        prefill, at = self.request.prefill, self.prefilled + chunk
+        return prefill[at : at + 1] if at < len(prefill) else self.request.decode[self.decoded : self.decoded + 1]
 
 
 class Server:
     """Continuous batching over one device.
 
-    on_admit(request, running) is told of every admission; on_kv(bytes) of the KV cache's size before every step.
+    on_admit(request, running) is told of every admission; on_tokens of every token that was served.
     """
 
     def __init__(
@@ -87,17 +82,17 @@ class Server:
         limits: Limits,
         records: Records,
         on_admit: Callable[[Request, list[Request]], None] = lambda request, running: None,
-        on_kv: Callable[[int], None] = lambda nbytes: None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
         self._env, self._device, self._model, self._limits, self._records = env, device, model, limits, records
-        self._scheduling, self._on_admit, self._on_kv, self._on_tokens = scheduling, on_admit, on_kv, on_tokens
+        self._scheduling, self._on_admit, self._on_tokens = scheduling, on_admit, on_tokens
         self._arriving = deque(enumerate(workload.requests))
         self._index = {id(request): i for i, request in self._arriving}
         self._waiting: list[tuple[Request, int]] = []  # and when each was sent
         self._running: list[Sequence] = []
         self._kv_promised = 0
         self._client_free = 0  # when the last request left
+        self._kv_of = np.zeros(0, dtype=np.int64)  # by context
         self.idle_ns = 0
         self._check_each_fits(workload)
 
@@ -122,7 +117,7 @@ class Server:
             if not self._running:
                 gap = self._arriving[0][1].arrival_ns - env.now
                 self.idle_ns += gap
-                yield env.timeout(gap)
+                yield from self._device.idle(gap)
                 continue
             yield from self._step()
 
@@ -155,27 +150,84 @@ class Server:
         """Form a batch of every decode token and as many prompt tokens as fit, run it, hand tokens out."""
         start = self._env.now
         decoding = [s for s in self._running if s.prefilled == len(s.request.prefill)]
-        contexts = [s.context for s in decoding]
         chunks = self._chunks(self._limits.batch_tokens - len(decoding))
-        rows = [s.request.decode[s.decoded : s.decoded + 1] for s in decoding]
-        rows += [s.request.prefill[s.prefilled : s.prefilled + n] for s, n in chunks]
-        prefill = [(n, s.prefilled) for s, n in chunks]
+        batch = self._batch(decoding, chunks)
+        ends = yield from self._device.steps(batch)
         for s in decoding:
-            s.decoded += 1
+            s.decoded += len(ends)
         for s, n in chunks:
             s.prefilled += n
-        following = [r for s in (*decoding, *(s for s, _ in chunks)) if (r := s.next_row()) >= 0]
-        flat = np.concatenate(rows) if len(rows) > 1 else rows[0]
-        batch = Batch(flat, np.array(following, dtype=np.int64), prefill, contexts)
-        kv = sum(self._model.kv_bytes(s.context) for s in self._running)
-        self._on_kv(kv)
-        yield from self._device.step(batch)
         prompt_tokens = sum(n for _, n in chunks)
-        sequences = len(decoding) + len(chunks)
-        self._records.steps.add((start, self._env.now, prompt_tokens, len(decoding), sequences, kv))
-        self._on_tokens(len(batch.rows))
-        finished_prompts = [s for s, _ in chunks if s.prefilled == len(s.request.prefill)]
-        self._hand_out(decoding + finished_prompts)
+        self._record_steps(start, ends, prompt_tokens, len(decoding), batch)
+        self._on_tokens(int(batch.first[len(ends)]))
+        self._hand_out(decoding + [s for s, _ in chunks if s.prefilled == len(s.request.prefill)], ends)
+
+    def _record_steps(self, start: int, ends: SequenceOf[int], prompt: int, decoding: int, batch: Batch) -> None:
+        steps = self._records.steps
+        if len(ends) == 1:
+            steps.add((start, ends[0], prompt, decoding, batch.sequences, int(batch.kv_bytes[0])))
+            return
+        rows = np.empty((len(ends), len(steps.columns)), dtype=np.int64)
+        rows[:, 1] = ends
+        rows[0, 0], rows[1:, 0] = start, rows[:-1, 1]
+        rows[:, 2:5] = prompt, decoding, batch.sequences
+        rows[:, 5] = batch.kv_bytes[: len(ends)]
+        steps.extend(rows)
+
+    def _batch(self, decoding: list[Sequence], chunks: list[tuple[Sequence, int]]) -> Batch:
+        """One pass with its prompt chunks, or passes until a sequence ends or another request may join."""
+        passes = 1 if chunks else self._steady_passes(decoding)
+        rows = [s.request.decode[s.decoded : s.decoded + passes] for s in decoding]
+        following = [s.request.decode[s.decoded + passes : s.decoded + passes + 1] for s in decoding]
+        if chunks:
+            rows += [s.request.prefill[s.prefilled : s.prefilled + n] for s, n in chunks]
+            following += [s.rows_after(n) for s, n in chunks]
+            first = np.array([0, sum(map(len, rows))], dtype=np.int64)
+        else:
+            first = np.arange(passes + 1, dtype=np.int64) * len(rows)
+        return Batch(
+            rows=rows[0] if len(rows) == 1 else np.concatenate(rows) if chunks else np.stack(rows, axis=1).ravel(),
+            first=first,
+            tail=following[0] if len(following) == 1 else np.concatenate(following),
+            prefill=[(n, s.prefilled) for s, n in chunks],
+            contexts=[s.context for s in decoding],
+            kv_bytes=self._kv_bytes(decoding, {id(s): n for s, n in chunks}, passes),
+            until=self._next_arrival() if passes > 1 else NO_LIMIT,
+        )
+
+    def _steady_passes(self, decoding: list[Sequence]) -> int:
+        """Passes before anyone can leave; one where the scheduler may admit somebody as time goes by."""
+        if len(decoding) < len(self._running) or (self._waiting and not getattr(self._scheduling, "steady", False)):
+            return 1
+        return min(MOST_PASSES, *(s.remaining for s in decoding))
+
+    def _next_arrival(self) -> int:
+        if not self._arriving or len(self._waiting) + len(self._running) >= self._limits.clients:
+            return NO_LIMIT
+        return self._arriving[0][1].arrival_ns
+
+    def _kv_bytes(self, decoding: list[Sequence], chunk_of: dict[int, int], passes: int) -> NDArray[np.int64]:
+        """Of all caches in each pass, its own tokens included."""
+        if chunk_of:
+            decodes = {id(s) for s in decoding}
+            contexts = [s.context + chunk_of.get(id(s), int(id(s) in decodes)) for s in self._running]
+            return np.array([sum(self._kv_at(max(contexts))[contexts])])
+        contexts = [s.context + 1 for s in decoding]
+        own = self._kv_at(max(contexts) + passes)
+        total = np.zeros(passes, dtype=np.int64)
+        for context in contexts:
+            total += own[context : context + passes]
+        for s in self._running if len(decoding) < len(self._running) else ():
+            if s.prefilled < len(s.request.prefill):
+                total += own[s.context] if s.context < len(own) else self._model.kv_bytes(s.context)
+        return total
+
+    def _kv_at(self, most: int) -> NDArray[np.int64]:
+        """Bytes of one cache by context, up to `most` at least."""
+        if most >= len(self._kv_of):
+            size = max(2 * most, 1024)
+            self._kv_of = np.array([self._model.kv_bytes(context) for context in range(size)], dtype=np.int64)
+        return self._kv_of
 
     def _chunks(self, budget: int) -> list[tuple[Sequence, int]]:
         """Prompt tokens of this step, first come first served; without chunking the first prompt goes in whole."""
@@ -191,15 +243,18 @@ class Server:
             budget -= take
         return chunks
 
-    def _hand_out(self, sequences: list[Sequence]) -> None:
-        """Every sequence that ran its last prompt token or a decode token has a new token."""
-        now = self._env.now
+    def _hand_out(self, sequences: list[Sequence], ends: SequenceOf[int]) -> None:
+        """Every sequence that ran its last prompt token or a decode token has a new token at the end of each pass."""
+        now, gaps = ends[0], self._records.gaps
         for s in sequences:
             if s.first < 0:
                 s.first = now
             else:
-                self._records.gaps.append(now - s.last)
-            s.last = now
+                gaps.append(now - s.last)
+            s.last = ends[-1]
+        if len(ends) > 1:
+            gaps.frombytes(np.repeat(np.diff(ends), len(sequences)).tobytes())
+        for s in sequences:
             if not s.remaining:
                 self._leave(s)
 

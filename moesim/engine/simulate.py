@@ -12,14 +12,14 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from moesim.engine.batch import Batch, Standstill
 from moesim.engine.clock import Clock
-from moesim.engine.events import Batch, Device, Knowledge
+from moesim.engine.events import Device, Knowledge
 from moesim.engine.host_tier import HostTier
-from moesim.engine.links import Executor, Link
 from moesim.engine.own import OwnScheduling, own_predict, own_split, own_start
 from moesim.engine.residency import NEVER, Counts, Slots
 from moesim.engine.serve import Limits, Server
-from moesim.errors import MemoryBudgetError, PolicyError
+from moesim.errors import MemoryBudgetError, PolicyError, nearest
 from moesim.policies import FCFS, GreedySLO, split_by_layer
 from moesim.policies.own import is_own
 from moesim.prediction import Beliefs, History
@@ -31,6 +31,9 @@ from moesim.workload import Request, Workload
 
 if TYPE_CHECKING:
     from moesim.costs.table import CostTable
+    from moesim.engine.compiled.device import CompiledDevice
+
+    AnyDevice = Device | CompiledDevice
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Outcome:
     busy_ns: dict[str, int]
     link_bytes: dict[str, int]
     peak_resident_bytes: int
+    engine: str = "events"
 
 
 def simulate(
@@ -70,9 +74,14 @@ def simulate(
     detail: bool = False,
     beliefs: tuple[Beliefs, ...] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
+    engine: str = "auto",
 ) -> Outcome:
-    """Serve the workload to its end. The same arguments give the same outcome, bit for bit."""
+    """Serve the workload to its end. The same arguments give the same outcome, bit for bit, whichever the engine.
+
+    engine: `auto` is compiled wherever every choice is declarative; PolicyError where `compiled` cannot be.
+    """
     system = system.fresh()
+    engine, _ = choose_engine(engine, system)
     env = Clock()
     records = Records(detail)
     trace, table, limits = setting.trace, setting.table, setting.limits
@@ -86,52 +95,59 @@ def simulate(
     tier = None
     if setting.host_bytes:
         tier = HostTier(setting.host_bytes, trace.layers, trace.info.experts, expert_bytes)
+    slots_of = None
+    if setting.shared_bytes and system.cache and not system.all_resident:
+        slots_of = _SlotsBeside(setting, system, expert_bytes)
     knowledge = Knowledge(popularity, beliefs, next_use)
-    device = Device(env, trace, table, system, slots, knowledge, records, tier, setting.seed)
+    device = _device(engine, env, setting, system, slots, knowledge, records, tier, slots_of)
     _place(device, system, popularity, trace)
-    peak = device.memory.resident_bytes
-
-    def on_kv(kv_bytes: int) -> None:
-        nonlocal peak
-        peak = max(peak, device.memory.resident_bytes)
-        if setting.shared_bytes and system.cache and not system.all_resident:
-            device.memory.resize(_slots(setting.shared_bytes - kv_bytes, expert_bytes, system, table, trace))
-
-    planner = _Planner(env, setting, system, device)
+    planner = _Planner(setting, system, device)
     scheduling = system.scheduling
     if isinstance(scheduling, GreedySLO):
         scheduling = replace(scheduling, token_ns=sum(table.layers_ns([], [1])) + table.step_ns(1, 1))
     if is_own(scheduling):
         scheduling = OwnScheduling(scheduling)
     server = Server(
-        env, device, table.model, setting.workload, scheduling, limits, records, planner.admitted, on_kv, on_tokens
+        env, device, table.model, setting.workload, scheduling, limits, records, planner.admitted, on_tokens
     )
     with _no_garbage_collection():
         done = env.process(server.run())
         try:
             env.run(done)
-        except RuntimeError as error:
-            if done.triggered:
+        except (RuntimeError, Standstill) as error:
+            if isinstance(error, RuntimeError) and done.triggered:
                 raise
-            stuck = device.memory.waiting()
-            raise PolicyError(f"{system.name}: nothing can go on at {env.now} ns; {stuck}") from error
+            now = error.now if isinstance(error, Standstill) else env.now
+            raise PolicyError(f"{system.name}: nothing can go on at {now} ns; {device.waiting()}") from error
+    device.finish()
     spent = device.counts.spent
     busy = {"gpu": spent["mixer"] + spent["experts"] + spent["step"]}
-    links: dict[str, Link | Executor] = {
-        "h2d": device.memory.h2d,
-        "d2h": device.memory.d2h,
-        "nvme": device.memory.nvme,
-        "host": device.memory.host,
-    }
     return Outcome(
         records=records,
         counts=device.counts,
         elapsed_ns=int(env.now),
         idle_ns=server.idle_ns,
-        busy_ns=busy | {name: link.busy_ns for name, link in links.items()},
-        link_bytes={name: link.nbytes for name, link in links.items()},
-        peak_resident_bytes=max(peak, device.memory.resident_bytes),
+        busy_ns=busy | {name: busy_ns for name, (busy_ns, _) in device.links.items()},
+        link_bytes={name: nbytes for name, (_, nbytes) in device.links.items()},
+        peak_resident_bytes=device.peak_resident_bytes,
+        engine=engine,
     )
+
+
+ENGINES = ("auto", "events", "compiled")
+
+
+def choose_engine(engine: str, system: System) -> tuple[str, str]:
+    """(events or compiled, why). Raises PolicyError for an unknown one and for one that cannot run the system."""
+    if engine not in ENGINES:
+        raise PolicyError(f"--engine '{engine}' must be one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+    own = [part for part in ("eviction", "misses", "prefetch") if getattr(system, part).own is not None]
+    if not own:
+        return ("events", "asked for") if engine == "events" else ("compiled", "every choice is declarative")
+    reason = f"{' and '.join(own)} {'is' if len(own) == 1 else 'are'} decided by Python code of the user's"
+    if engine == "compiled":
+        raise PolicyError(f"{system.name}: {reason}, which only the event engine can ask; use --engine auto or events")
+    return "events", reason
 
 
 @contextmanager
@@ -144,6 +160,41 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _device(
+    engine: str,
+    env: Clock,
+    setting: Setting,
+    system: System,
+    slots: Slots,
+    knowledge: Knowledge,
+    records: Records,
+    tier: HostTier | None,
+    slots_of: Callable[[int], Slots] | None,
+) -> AnyDevice:
+    kind: Any = Device
+    if engine == "compiled":
+        from moesim.engine.compiled.device import CompiledDevice as kind
+    return kind(env, setting.trace, setting.table, system, slots, knowledge, records, tier, setting.seed, slots_of)
+
+
+class _SlotsBeside:
+    """Slots beside KV caches of so many bytes; their number changes by whole experts, so few divisions are made."""
+
+    def __init__(self, setting: Setting, system: System, expert_bytes: list[int]) -> None:
+        self._setting, self._system, self._expert_bytes = setting, system, expert_bytes
+        alike = len(set(expert_bytes)) == 1 and system.misses.rule != "precision"
+        self._unit = expert_bytes[0] if alike else 1
+        self._known: dict[int, Slots] = {}
+
+    def __call__(self, kv_bytes: int) -> Slots:
+        left = self._setting.shared_bytes - kv_bytes
+        known = self._known.get(left // self._unit)
+        if known is None:
+            known = _slots(left, self._expert_bytes, self._system, self._setting.table, self._setting.trace)
+            self._known[left // self._unit] = known
+        return known
 
 
 def _slots(total: int, expert_bytes: list[int], system: System, table: CostTable, trace: Trace) -> Slots:
@@ -178,32 +229,32 @@ def calibration_popularity(trace: Trace) -> NDArray[np.float64]:
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
-def _place(device: Device, system: System, popularity: NDArray[np.float64], trace: Trace) -> None:
+def _place(device: AnyDevice, system: System, popularity: NDArray[np.float64], trace: Trace) -> None:
     """Fill the cache before time begins, most popular first, layer by layer in turn."""
     placement = system.placement
     if placement.own is not None:
         for layer, expert in own_start(placement.own, popularity):
-            device.memory.place(layer, expert, placement.pinned)
+            device.place(layer, expert, placement.pinned)
         return
     if placement.start == "empty":
         return
     order = np.argsort(-popularity, axis=1, kind="stable")
     for rank in range(trace.info.experts):
         for layer in range(trace.layers):
-            device.memory.place(layer, int(order[layer, rank]), placement.pinned)
+            device.place(layer, int(order[layer, rank]), placement.pinned)
 
 
 class _Planner:
     """Calls for a new plan every `period` requests and hands it to the device once it is computed."""
 
-    def __init__(self, env: Clock, setting: Setting, system: System, device: Device) -> None:
-        self._env, self._setting, self._refresh, self._device = env, setting, system.refresh, device
+    def __init__(self, setting: Setting, system: System, device: AnyDevice) -> None:
+        self._setting, self._refresh, self._device = setting, system.refresh, device
         self._history = History(setting.trace)
         self._admitted = 0
 
     def admitted(self, request: Request, running: list[Request]) -> None:
         refresh = self._refresh
-        self._device.memory.new_sequence()
+        self._device.new_sequence()
         if refresh is None:
             return
         if self._admitted and self._admitted % refresh.period == 0:
@@ -225,7 +276,7 @@ class _Planner:
         calls = self._setting.trace.layers if refresh.per_layer else 1
         prompt = max(running[-1].prompt_tokens, 1)
         delay = calls * table.network_ns(refresh.predictor_params, prompt)
-        self._env.timeout(delay).callbacks.append(lambda _: self._device.memory.plan(values))
+        self._device.plan_later(delay, values)
 
 
 class _DryRun:
@@ -233,12 +284,22 @@ class _DryRun:
 
     def __init__(self, env: Clock, table: CostTable) -> None:
         self._env, self._table = env, table
-        self.steps: list[NDArray[np.int64]] = []
+        self.in_order: list[NDArray[np.int64]] = []
 
-    def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
-        self.steps.append(batch.rows)
-        step_ns = self._table.step_ns(len(batch.rows), len(batch.prefill) + len(batch.contexts))
-        yield self._env.timeout(step_ns + sum(self._table.layers_ns(batch.prefill, batch.contexts)))
+    def steps(self, batch: Batch) -> Generator[simpy.Event, Any, list[int]]:
+        ends: list[int] = []
+        for i in range(batch.passes):
+            if i and self._env.now >= batch.until:
+                break
+            rows = batch.rows_of(i)
+            self.in_order.append(rows)
+            step_ns = self._table.step_ns(len(rows), batch.sequences)
+            yield self._env.timeout(step_ns + sum(self._table.layers_ns(batch.prefill, batch.contexts_of(i))))
+            ends.append(self._env.now)
+        return ends
+
+    def idle(self, gap: int) -> Generator[simpy.Event, Any, None]:
+        yield self._env.timeout(gap)
 
 
 def served_steps(setting: Setting) -> list[NDArray[np.int64]]:
@@ -250,7 +311,7 @@ def served_steps(setting: Setting) -> list[NDArray[np.int64]]:
     dry = _DryRun(env, setting.table)
     server = Server(env, dry, setting.table.model, setting.workload, FCFS(), setting.limits, Records(False))
     env.run(env.process(server.run()))
-    return dry.steps
+    return dry.in_order
 
 
 def next_uses(setting: Setting) -> NDArray[np.int32]:
@@ -283,10 +344,19 @@ class _Ideal:
     def __init__(self, env: Clock, setting: Setting) -> None:
         self._env, self._trace, self._table = env, setting.trace, setting.table
 
-    def step(self, batch: Batch) -> Generator[simpy.Event, Any, None]:
-        chosen = self._trace.experts[batch.rows]
-        active = [len(np.unique(layer[layer >= 0])) for layer in chosen.transpose(1, 0, 2)]
-        yield self._env.timeout(self._table.ceiling_step_ns(batch.prefill, batch.contexts, active))
+    def steps(self, batch: Batch) -> Generator[simpy.Event, Any, list[int]]:
+        ends: list[int] = []
+        for i in range(batch.passes):
+            if i and self._env.now >= batch.until:
+                break
+            chosen = self._trace.experts[batch.rows_of(i)]
+            active = [len(np.unique(layer[layer >= 0])) for layer in chosen.transpose(1, 0, 2)]
+            yield self._env.timeout(self._table.ceiling_step_ns(batch.prefill, batch.contexts_of(i), active))
+            ends.append(self._env.now)
+        return ends
+
+    def idle(self, gap: int) -> Generator[simpy.Event, Any, None]:
+        yield self._env.timeout(gap)
 
 
 def ceiling(setting: Setting) -> Records:

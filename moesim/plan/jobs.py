@@ -68,7 +68,7 @@ class Resolver:
             "machine": self._machine(q.machine),
             "system": [system.parts(), system.notes] if system else [point.policy, point.settings],
             "files": [self._file(file) for spec in (point.policy, *point.settings) if (file := own_file(spec))],
-            "question": asdict(q) | {"model": None, "machine": None} | self._workload(q),
+            "question": asdict(q) | {"model": None, "machine": None, "engine": None} | self._workload(q),
             "anchors": point.anchors,
         }
         shared = system and not isinstance(system.predictor, NoPrediction) and not is_own(system.predictor)

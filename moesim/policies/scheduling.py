@@ -20,7 +20,11 @@ class Candidate:
 
 
 class Scheduling(Protocol):
-    """Answers one question: which waiting request to admit now, or None."""
+    """Answers one question: which waiting request to admit now, or None.
+
+    One that has an attribute `steady` which is true refuses whom it refused until a request leaves or arrives, however
+    much time passes, and is not asked in between.
+    """
 
     def admit(self, waiting: Sequence[Candidate], running: Sequence[Candidate], now: int) -> int | None: ...
 
@@ -28,6 +32,10 @@ class Scheduling(Protocol):
 @dataclass(frozen=True)
 class FCFS:
     """First come, first served."""
+
+    @property
+    def steady(self) -> bool:
+        return True
 
     def admit(self, waiting: Sequence[Candidate], running: Sequence[Candidate], now: int) -> int | None:
         return 0 if waiting else None

@@ -11,7 +11,8 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesim.engine.events import ARRIVED, RESIDENT, Batch, Device
+from moesim.engine.batch import one_pass
+from moesim.engine.events import ARRIVED, RESIDENT, Device
 from moesim.engine.residency import D2H, H2D, HOST, REROUTED, SKIPPED
 from moesim.engine.simulate import simulate
 from moesim.policies import LRU, Eviction, Misses, Placement, Transfer
@@ -307,7 +308,7 @@ def test_an_expert_in_use_is_never_evicted():
     trace = make_trace([[[0, 1, 2, 3]]], 8)
     env = simpy.Environment()
     device = make_device(env, trace, load_system("LRU"), slots=2)
-    env.run(env.process(device.step(Batch(np.array([0]), np.empty(0, dtype=np.int64), [], [1]))))
+    env.run(env.process(device.steps(one_pass([0], contexts=[1]))))
     kernels = device._records.kernels.column("what").tolist()
     assert kernels.count(ARRIVED) == 4 and kernels.count(RESIDENT) == 0
     assert device.counts.evictions == 2
