@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from moesim.engine.compiled.lower import lower_state, pool_sizes
 from moesim.engine.events import Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.residency import Counts, Slots
+from moesim.output import remark
 from moesim.records import LINKS, Records
 from moesim.systems.system import System
 from moesim.trace import Trace
@@ -33,6 +36,18 @@ COUNTED = {
 }  # fmt: skip
 BLOCK = 1 << 20  # numbers in a block of records
 OVERFULL = {1: "events", 2: "write-backs", 3: "records", 4: "copies", 5: "beliefs"}
+
+
+@contextlib.contextmanager
+def _told_if_it_takes_long() -> Iterator[None]:
+    """The first call of a process loads the machine code, or makes it where there is none: say so if it does."""
+    message = "compiling the engine: once per machine and version, about a minute; --engine events does without"
+    timer = threading.Timer(2.0, remark, [message])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class CompiledDevice:
@@ -74,13 +89,16 @@ class CompiledDevice:
         """Do what was given; returns how long it took."""
         g = self._s.g
         began = int(g[state.NOW])
-        while (ended := step.advance(self._s)) != state.DONE_RUN:
+        with contextlib.nullcontext() if step.advance.signatures else _told_if_it_takes_long():
+            ended = step.advance(self._s)
+        while ended != state.DONE_RUN:
             if ended == state.NEED_COSTS:
                 self._fill_costs()
             elif ended == state.STUCK:
                 raise Standstill(int(g[state.NOW]))
             else:
                 raise RuntimeError(f"compiled engine: no room for {OVERFULL[int(g[state.ERROR])]}")
+            ended = step.advance(self._s)
         return int(g[state.NOW]) - began
 
     def _give(self, batch: Batch) -> None:
