@@ -5,6 +5,7 @@ from __future__ import annotations
 from moesim.engine.compiled.beliefs import FOREVER
 from moesim.engine.compiled.jit import inner
 from moesim.engine.compiled.state import (
+    AT_LAYER,
     BUSY,
     C_CHAIN,
     C_DEMAND,
@@ -158,9 +159,12 @@ def _lower(s, layer):
 def lacking_costs(s):
     """Ask for every cost that this layer may need of single experts; returns how many the table lacks."""
     rule, experts = s.choice[RULE], s.choice[EXPERTS]
+    base = s.g[AT_LAYER] * 2 * experts
     s.g[NEEDS] = 0
     for n in range(s.g[WANTED]):
         tokens = s.wanted[n, 1]
+        if s.entry[base + s.wanted[n, 0], HELD] == LANDED:
+            continue
         kind = COST_LOW if s.wanted[n, 0] >= experts else COST_HIGH
         if rule != ON_HOST:
             _ask(s, kind, 1, tokens)

@@ -269,7 +269,9 @@ def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: 
     table = builder.inttoptr(address, word.as_pointer())
 
     def entry(i: int) -> Any:
-        return builder.load(builder.gep(table, [word(WORDS * _PLACE[name] + i)]))
+        value = builder.load(builder.gep(table, [word(WORDS * _PLACE[name] + i)]))
+        value.set_metadata("invariant.load", builder.module.add_metadata([]))  # the table stays as it is during a call
+        return value
 
     array = make_array(array_type)(context, builder)
     shape = [entry(1 + i) for i in range(array_type.ndim)]
