@@ -42,13 +42,17 @@ class DoesNotApply(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """What a contract is tried on. slots: expert slots per layer; together: requests served at a time."""
+    """What a contract is tried on. slots: expert slots per layer; together: requests served at a time.
+
+    engine: as of moesim.engine.simulate; auto is the one that a replay would take.
+    """
 
     trace: Trace
     model: Model
     machine: Machine
     slots: int = 5
     together: int = 2
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _setting(system: System, ground: Ground, slots: int, together: int, seed: in
 
 def _serve(system: System, ground: Ground, slots: int | None = None) -> tuple[Setting, Outcome]:
     setting = _setting(system, ground, ground.slots if slots is None else slots, ground.together)
-    return setting, simulate(setting, system, detail=True)
+    return setting, simulate(setting, system, detail=True, engine=ground.engine)
 
 
 def _require(held: bool, found: str) -> None:

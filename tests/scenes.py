@@ -54,11 +54,11 @@ def setting(
 
 
 def serve(trace: Trace, system: str | System, slots: int, **how: Any) -> Outcome:
-    """Run with detailed records."""
+    """Run with detailed records, in the event engine: test_equality.py holds the compiled one against it."""
     chosen = load_system(system) if isinstance(system, str) else system
     if chosen.misses.rule == "precision":
         slots = max(slots, 2)  # one of each precision is the least it can work with
-    return simulate(setting(trace, slots, **how), chosen, detail=True)
+    return simulate(setting(trace, slots, **how), chosen, detail=True, engine="events")
 
 
 @st.composite

@@ -95,7 +95,19 @@ def test_ctrl_c_leaves_nothing_broken(tmp_path, small_config):
     path = tmp_path / "long.parquet"
     write(small_trace(requests=100, tokens=60_000), path)
     code = "from moesim.cli import main; main()"
-    command = [sys.executable, "-c", code, "replay", path, "--model", small_config, "--slots-per-layer", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "replay",
+        path,
+        "--model",
+        small_config,
+        "--slots-per-layer",
+        "2",
+        "--engine",
+        "events",
+    ]
     process = subprocess.Popen([*command, "-o", tmp_path / "out"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     time.sleep(4)
     process.send_signal(signal.SIGINT)

@@ -110,7 +110,7 @@ def test_emoe_calls_its_predictor_every_period(ask, monkeypatch):
     plans = []
     plan = Residency.plan
     monkeypatch.setattr(Residency, "plan", lambda self, values: (plans.append(self._env.now), plan(self, values)))
-    ask("eMoE(period=2)", trace=small_trace(requests=7, tokens=280))
+    ask("eMoE(period=2)", trace=small_trace(requests=7, tokens=280), engine="events")
     assert len(plans) == 3, "before requests 2, 4 and 6"
 
 
@@ -119,9 +119,9 @@ def test_insensitive_tasks_call_for_no_plan(ask, monkeypatch):
 
     plans = []
     monkeypatch.setattr(Residency, "plan", lambda self, values: plans.append(values))
-    ask("eMoE(period=1, insensitive=('a','b'))")
+    ask("eMoE(period=1, insensitive=('a','b'))", engine="events")
     assert not plans
-    ask("eMoE(period=1, insensitive=('b',))")
+    ask("eMoE(period=1, insensitive=('b',))", engine="events")
     assert len(plans) == 2, "requests 2 and 4 are of task a"
 
 

@@ -174,7 +174,7 @@ def test_an_engine_that_evicts_what_is_pinned_or_in_use_is_found(monkeypatch):
     placed = Placement("hot", pinned=True)
     pinned = System("x", misses=Misses("reroute"), placement=placed, predictor=Transitions(block=4))
     with pytest.raises(Broken, match="pinned"):
-        contracts.evicts_only_idle(pinned, GROUND)
+        contracts.evicts_only_idle(pinned, replace(GROUND, engine="events"))
 
 
 def test_contracts_say_when_they_have_nothing_to_say():

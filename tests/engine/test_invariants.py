@@ -32,14 +32,14 @@ quick = settings(max_examples=60, deadline=None)
 def test_conservation_every_token_of_every_request_is_served_once(scene, name):
     trace, slots, concurrency, table = scene
     served: list[int] = []
-    step = Device.step
+    one_pass_of = Device._pass
 
-    def noting(self, batch):
-        served.extend(batch.rows.tolist())
-        yield from step(self, batch)
+    def noting(self, batch, i):
+        served.extend(batch.rows_of(i).tolist())
+        yield from one_pass_of(self, batch, i)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Device, "step", noting)
+        patch.setattr(Device, "_pass", noting)
         out = serve(trace, name, slots, concurrency=concurrency, table=table)
     assert sorted(served) == list(range(trace.tokens))
     assert sorted(out.records.requests.column("request").tolist()) == list(range(len(trace.requests)))
