@@ -94,7 +94,7 @@ class Curve:
 
     def _on_trees(self, point: list[float], row: Row) -> float:
         assert self.trees is not None
-        return float(self.trees(np.array([point + _hints(family(self.family), row)]))[0])
+        return self.trees.one(point + _hints(family(self.family), row))
 
     def _on_lattice(self, point: list[float]) -> tuple[float, bool]:
         value, covered = self._lattice.at(point)

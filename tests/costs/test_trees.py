@@ -36,6 +36,10 @@ def test_steps_are_followed(trees: Trees) -> None:
     assert np.quantile(np.abs(trees(FEATURES) - STEPS), 0.9) < 0.04
 
 
+def test_one_row_at_a_time_is_the_same(trees: Trees) -> None:
+    assert [trees.one(row) for row in FEATURES[:50].tolist()] == trees(FEATURES[:50]).tolist()
+
+
 def test_round_trip(trees: Trees) -> None:
     again = Trees.from_dict(json.loads(json.dumps(trees.to_dict())))
     assert (again(FEATURES) == trees(FEATURES)).all()
