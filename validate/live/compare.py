@@ -40,12 +40,14 @@ def decisions(prepared: Prepared, logs: Sequence[Log], outcome: Outcome, table: 
     result["evictions"], result["real_evictions"] = outcome.counts.evictions, len(logs[0].evicted)
     if prepared.exact:
         copies, victims = _copies(outcome), _victims(prepared, table)
-        same = [
-            np.array_equal(run, predicted) and log.copies == copies and log.evicted[: len(victims)] == victims
-            and len(log.evicted) == outcome.counts.evictions
-            for run, log in zip(runs, logs, strict=True)
-        ]  # fmt: skip
-        result["identical"] = all(same)
+        same = {
+            "lookups": [np.array_equal(run, predicted) for run in runs],
+            "copies": [log.copies == copies for log in logs],
+            "victims": [log.evicted[: len(victims)] == victims for log in logs],
+            "evictions": [len(log.evicted) == outcome.counts.evictions for log in logs],
+        }
+        result["differ"] = [what for what, equal in same.items() if not all(equal)]
+        result["identical"] = not result["differ"]
     return result
 
 

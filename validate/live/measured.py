@@ -60,10 +60,10 @@ class Samples:
 class MeasuredTable:
     """What the engine asks of a cost table (moesim.costs.table.CostTable), answered from `samples` of one stage.
 
-    Between sizes measured, costs are interpolated; one expert's cost at the mean number of tokens stands for each of a
-    group. A copy costs what it takes in a row of copies and the hand-offs around one that is waited for: exact for the
-    only copy of a layer, and that hand-off too much for each further one. Copies and kernels are measured alone and
-    beside each other, and the mean of the two medians is used.
+    Between sizes measured, costs are interpolated; the mean number of tokens stands for each expert of a group, whose
+    first costs what one alone does and whose others what they add. A copy costs what it takes in a row of copies and
+    the hand-offs around one that is waited for: exact for the only copy of a layer, and that hand-off too much for each
+    further one. Copies and kernels are measured alone and beside each other, and the mean of the two medians is used.
     """
 
     unified = False
@@ -78,6 +78,7 @@ class MeasuredTable:
             HIGH_BITS: samples.curve("expert", "expert beside copies"),
             LOW_BITS: samples.curve("low expert"),
         }
+        self._further = {HIGH_BITS: samples.curve("further expert"), LOW_BITS: samples.curve("further low expert")}
         self._host = samples.curve("host expert")
         self._mixer, self._overhead = samples.curve("mixer"), samples.curve("bookkeeping")
         self.handoff_ns = round(samples.median("host hand-off"))
@@ -114,8 +115,9 @@ class MeasuredTable:
         return np.full((passes, 1), self.layers_ns([], contexts)[0])
 
     def grouped_ns(self, active: int, tokens: int, bits: float | None = None) -> int:
-        curve = self._expert[HIGH_BITS if bits is None else int(bits)]
-        return round(active * _at(curve, tokens / active))
+        kept = HIGH_BITS if bits is None else int(bits)
+        first = _at(self._expert[kept], tokens / active)
+        return round(first + (active - 1) * _at(self._further[kept], tokens / active))
 
     def expert_ns(self, tokens: int, bits: float | None = None) -> int:
         return self.grouped_ns(1, tokens, bits)
@@ -188,12 +190,15 @@ class Slice:
         for name, bits in (("expert", HIGH_BITS), ("low expert", LOW_BITS)):
             if self._stage.slots[bits]:
                 for tokens in self._tokens:
-                    samples.note(name, tokens, self._expert(bits, tokens))
+                    one, five = self._experts(bits, tokens, 1), self._experts(bits, tokens, 5)
+                    samples.note(name, tokens, one)
+                    samples.note(f"further {name}", tokens, max(0.0, five - one) / 4)
 
-    def _expert(self, bits: int, tokens: int) -> float:
-        slots = self._stage.slots[bits]
-        weights, rows = slots[self._next() % len(slots)], list(range(tokens))
-        return _timed(lambda: self._stage.compute([(weights, rows)]))
+    def _experts(self, bits: int, tokens: int, count: int) -> float:
+        slots, rows = self._stage.slots[bits], list(range(tokens))
+        parts = [(slots[self._next() % len(slots)], rows) for _ in range(count + 1)]
+        self._stage.compute(parts[:1])  # in a run, work of the same kind was done a moment ago
+        return _timed(lambda: self._stage.compute(parts[1:]))
 
     def _loader(self, lock: threading.Condition, landed: list[int]) -> Loader:
         def copy(job: Job) -> None:
@@ -259,7 +264,7 @@ class Slice:
             for tokens in self._tokens:
                 with lock:
                     before = len(landed)
-                ns = self._expert(HIGH_BITS, tokens)
+                ns = self._experts(HIGH_BITS, tokens, 1)
                 with lock:
                     if before + 1 < 64 and len(landed) < 64:
                         samples.note("expert beside copies", tokens, ns)
@@ -290,6 +295,8 @@ class Slice:
                 executor.submit(turn % shape.layers, turn % shape.experts, list(range(tokens)))
             while executor.pending:
                 lock.wait()
+        for rows, values in executor.results:
+            self._stage.add(rows, values)
         executor.results.clear()
         return time.perf_counter_ns() - began
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,32 @@ class Shape:
 
 
 class Backend:
-    """Where experts are computed. On a GPU copies have a stream of their own; each call below waits for its own."""
+    """Where experts are computed. On a GPU copies have a stream of their own; each call below waits for its own.
+
+    There, kernels are replayed as graphs: launched one by one from Python they would wait for the interpreter's lock
+    whenever the copy thread holds it, which no engine written for the purpose does.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         self._copies = torch.cuda.Stream(self.device) if self.cuda else None
+        self._captures = torch.cuda.Stream(self.device) if self.cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
+
+    def captured(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as one launch; on the CPU as it is. What it reads and writes must stay where it lies."""
+        if not self.cuda:
+            return work
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._captures):
+            work()  # the libraries set themselves up outside the capture
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # the copy thread goes on meanwhile
+            work()
+            graph.capture_end()
+        torch.cuda.synchronize(self.device)
+        return graph.replay
 
     def computed(self) -> None:
         """Wait for the kernels of this thread, not for copies."""
@@ -141,10 +163,15 @@ class Stage:
             for bits, n in counts.items()
         }
         generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(rows, shape.hidden, generator=generator).to(backend.device)
+        # one row more than tokens: graphs of fixed sizes fill up with it
+        self.x = torch.randn(rows + 1, shape.hidden, generator=generator).to(backend.device)
         self.out = torch.zeros_like(self.x)
         self._mixer = torch.randn(shape.hidden, shape.hidden, generator=generator).to(backend.device)
         self.host_x = self.x.cpu()
+        self._mixers: dict[int, Callable[[], None]] = {}
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        if backend.cuda:
+            self._capture(rows)
 
     def close(self) -> None:
         for experts in self.host.values():
@@ -152,18 +179,42 @@ class Stage:
 
     def mixer(self, rows: int) -> None:
         """What stands in for attention, router and dense parts: four square products over the step's tokens."""
+        if rows not in self._mixers:
+            self._mixers[rows] = self.backend.captured(partial(self._mix, rows))
+        self._mixers[rows]()
+        self.backend.computed()
+
+    def _mix(self, rows: int) -> None:
         self.out[:rows].zero_()
         x = self.x[:rows]
         for _ in range(4):
             x = x @ self._mixer
-        self.backend.computed()
 
     def compute(self, parts: list[tuple[Tensor, list[int]]]) -> None:
         """Add the output of every (weights, token rows) to `out`; returns when it is there."""
         for weights, rows in parts:
-            index = torch.tensor(rows, device=self.backend.device)
-            self.out.index_add_(0, index, forward(self.shape, weights, self.x[index]))
+            if self.backend.cuda:
+                self._replay(weights, rows)
+            else:
+                self._add_expert(weights, torch.tensor(rows))
         self.backend.computed()
+
+    def _add_expert(self, weights: Tensor, index: Tensor) -> None:
+        self.out.index_add_(0, index, forward(self.shape, weights, self.x[index]))
+
+    def _capture(self, rows: int) -> None:
+        """A graph for every slot and power of two of tokens."""
+        for slot in (slot for slots in self.slots.values() for slot in slots):
+            for power in range((rows - 1).bit_length() + 1):
+                index = torch.zeros(1 << power, dtype=torch.int64, device=self.backend.device)
+                graph = self.backend.captured(partial(self._add_expert, slot, index))
+                self._graphs[slot.data_ptr(), 1 << power] = graph, index
+
+    def _replay(self, weights: Tensor, rows: list[int]) -> None:
+        size = 1 << (len(rows) - 1).bit_length()
+        replay, index = self._graphs[weights.data_ptr(), size]
+        index.copy_(torch.tensor(rows + [len(self.x) - 1] * (size - len(rows))), non_blocking=True)
+        replay()
 
     def copy(self, slot: Tensor, bits: int, layer: int, expert: int, part: int = 0, parts: int = 1) -> None:
         """Bring an expert, or a piece of it, to the device; returns when it is there."""
