@@ -131,6 +131,10 @@ def load_machine(spec: str | Path) -> Machine:
         from moesim.profile import machine_of
 
         return machine_of(Path(text))
+    if text in _measured_profiles():
+        from moesim.profile import SHIPPED, machine_of
+
+        return replace(machine_of(SHIPPED / text), profile=text)
     known = catalogue()
     names = {_key(name): name for name in known}
     for row in read_table("machines"):
@@ -144,10 +148,21 @@ def load_machine(spec: str | Path) -> Machine:
 
 @cache
 def _shipped_profiles() -> dict[str, str]:
-    """Profiles that come with moesim, by the machine they were measured on."""
+    """Profiles that come with moesim, by the machine whose costs they are.
+
+    They hold the kernels of serving engines; one of torch's kernels, measured by moesim itself, is asked for by name.
+    """
     from moesim.profile import read_profile_meta, shipped
 
-    return {str(read_profile_meta(name)["machine"]): name for name in shipped()}
+    metas = {name: read_profile_meta(name) for name in shipped()}
+    return {str(meta["machine"]): name for name, meta in metas.items() if meta["provenance"] == "imported"}
+
+
+@cache
+def _measured_profiles() -> list[str]:
+    from moesim.profile import read_profile_meta, shipped
+
+    return [name for name in shipped() if read_profile_meta(name)["provenance"] == "measured"]
 
 
 def _key(name: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moesim.costs.fit import Curve
     from moesim.profile import Profile
 
@@ -16,17 +18,33 @@ _SAMPLES = 400
 
 
 def compare(first: Profile, second: Profile) -> list[dict[str, Any]]:
-    """Per curve of both: quantiles of time(second) / time(first) over shapes that both cover."""
-    others = {(curve.family, curve.variant): curve for curve in second.curves}
+    """Per curve of both: quantiles of time(second) / time(first) over shapes that both cover.
+
+    A kernel that the second does not have is held beside those that do the same there: same family, precision and rest.
+    """
     rows = []
     for curve in first.curves:
-        other = others.get((curve.family, curve.variant))
-        ratios = _ratios(curve, other) if other else []
-        if ratios:
-            ratios.sort()
-            at = [ratios[min(int(q * len(ratios)), len(ratios) - 1)] for q in (0.1, 0.5, 0.9)]
-            rows.append({"curve": curve.name, "shapes": len(ratios), "median": at[1], "p10": at[0], "p90": at[2]})
+        for other in _partners(curve, second.curves):
+            ratios = sorted(_ratios(curve, other))
+            if ratios:
+                at = [ratios[min(int(q * len(ratios)), len(ratios) - 1)] for q in (0.1, 0.5, 0.9)]
+                row = {"curve": curve.name, "shapes": len(ratios), "median": at[1], "p10": at[0], "p90": at[2]}
+                rows.append(row | {"beside": other.name})
     return rows
+
+
+def _partners(curve: Curve, others: Sequence[Curve]) -> list[Curve]:
+    mine = [other for other in others if other.family == curve.family]
+    same = [other for other in mine if other.variant == curve.variant]
+    return same or [other for other in mine if _without_kernel(other) == _without_kernel(curve) is not None]
+
+
+def _without_kernel(curve: Curve) -> tuple[str, ...] | None:
+    """Variants of kernels are (precision, kernel, ...); those of links are numbers from the second on, or shorter."""
+    variant = tuple(str(part) for part in curve.variant)
+    if len(variant) < 2 or variant[1].isdigit():
+        return None
+    return (variant[0], *variant[2:])
 
 
 def _ratios(first: Curve, second: Curve) -> list[float]:

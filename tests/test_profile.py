@@ -26,6 +26,7 @@ from moesim.profile import (
     shipped,
     write_profile,
 )
+from moesim.profile_compare import compare
 
 META = dict.fromkeys((*ALWAYS, *CONDITIONS["measured"]), "x") | {
     "schema_version": 1,
@@ -147,8 +148,8 @@ def test_unknown_profiles_and_bare_directories(tmp_path: Path) -> None:
 # What ships
 
 
-@pytest.mark.parametrize("name", shipped())
-def test_shipped_profiles_hold_curves_with_their_source_and_no_rows(name: str) -> None:
+@pytest.mark.parametrize("name", ["a100-sxm", "h100-sxm", "h200-sxm"])
+def test_imported_profiles_hold_curves_with_their_source_and_no_rows(name: str) -> None:
     path = profile_path(name)
     assert path is not None and {p.name for p in path.iterdir()} == {"meta.yaml", "fit.json"}
     assert (path / "fit.json").stat().st_size < 2 << 20
@@ -159,8 +160,16 @@ def test_shipped_profiles_hold_curves_with_their_source_and_no_rows(name: str) -
         assert curve.points >= 3 and 0 <= curve.holdout_median_error <= curve.p90
 
 
-def test_three_gpus_ship() -> None:
-    assert shipped() == ["a100-sxm", "h100-sxm", "h200-sxm"]
+def test_a_measured_profile_ships_with_its_rows_and_is_asked_for_by_name() -> None:
+    assert shipped() == ["a100-sxm", "h100-sxm", "h200-measured", "h200-sxm"]
+    found = read_profile("h200-measured")
+    assert found.meta["provenance"] == "measured" and found.meta["gpu"] == "NVIDIA H200"
+    assert len(found.samples) == sum(curve.points for curve in found.curves) > 4000
+    assert load_machine("h200-measured").profile == "h200-measured"
+    assert load_machine("h200").profile == "h200-sxm"
+    rows = compare(found, read_profile("h200-sxm"))
+    beside = {row["beside"]: row["median"] for row in rows if row["curve"].startswith("gemm bf16")}
+    assert len(beside) == 2 and all(0.8 < ratio < 1.1 for ratio in beside.values())  # torch's products in both engines
 
 
 def test_machines_without_a_profile_are_specification_sheets() -> None:
@@ -199,7 +208,7 @@ def run(*words: str) -> str:
 def test_list() -> None:
     text = run("list")
     assert "h200-sxm" in text and "specification-sheet only:" in text and "rtx-4090" in text
-    assert len(json.loads(run("list", "--json"))["profiles"]) == 3
+    assert len(json.loads(run("list", "--json"))["profiles"]) == 4
 
 
 def test_show_has_what_a_script_needs(profile: Profile, tmp_path: Path) -> None:

@@ -28,10 +28,15 @@ def list_(as_json: Json = False) -> None:
 
     metas = [read_profile_meta(name) for name in shipped()]
     known = {meta["machine"] for meta in metas}
-    lines = [f"{meta['name']:12} {meta['provenance']:9} {meta['gpu']:24} {meta['engine']}" for meta in metas]
+    lines = [f"{meta['name']:12} {meta['provenance']:9} {meta['gpu']:24} {_engine(meta)}" for meta in metas]
     others = [name for name in catalogue() if name not in known]
     lines.append(f"specification-sheet only: {', '.join(others)}")
     emit({"profiles": metas, "specification_sheet": others}, "\n".join(lines), as_json)
+
+
+def _engine(meta: dict[str, Any]) -> str:
+    """Whose kernels: an engine's, or those of torch as it was where the profile was measured."""
+    return str(meta.get("engine") or f"torch {meta['torch']}")
 
 
 @app.command()
@@ -56,14 +61,17 @@ def show(
 
 @app.command()
 def compare(first: Spec, second: Spec, *, as_json: Json = False) -> None:
-    """Where two profiles hold the same curve: how much slower the second is, over the shapes both measured."""
+    """How much slower the second profile is, over shapes both cover; kernels are held beside those that do the same."""
     from moesim.profile import read_profile
     from moesim.profile_compare import compare as compare_profiles
 
     a, b = read_profile(first), read_profile(second)
     rows = compare_profiles(a, b)
-    lines = [f"{'curve':66}{'median':>8}{'P10':>8}{'P90':>8}   time of {b.name} over {a.name}"]
-    lines += [f"{r['curve'][:65]:66}{r['median']:>8.3f}{r['p10']:>8.3f}{r['p90']:>8.3f}" for r in rows]
+    names = [r["curve"] if r["curve"] == r["beside"] else f"{r['curve']} | {r['beside']}" for r in rows]
+    width = max((len(name) for name in names), default=0) + 2
+    lines = [f"{'curve':{width}}{'median':>8}{'P10':>8}{'P90':>8}   time of {b.name} over {a.name}"]
+    for name, r in zip(names, rows, strict=True):
+        lines.append(f"{name:{width}}{r['median']:>8.3f}{r['p10']:>8.3f}{r['p90']:>8.3f}")
     if not rows:
         lines = [f"{a.name} and {b.name} have no curve in common"]
     emit({"first": a.name, "second": b.name, "curves": rows}, "\n".join(lines), as_json)
