@@ -190,6 +190,49 @@ def compare(
     _print(result, format_comparison(result), as_json, output)
 
 
+@app.command()
+def whatif(
+    trace: TracePath,
+    policy: PolicyOption = "LRU",
+    by: Annotated[float, typer.Option("--by", help="How much better each resource is made, percent.")] = 10.0,
+    metric: Annotated[
+        str, typer.Option("--metric", help="output_throughput, mean_tpot_ms, mean_ttft_ms or mean_e2el_ms.")
+    ] = "output_throughput",
+    model: ModelOption = None,
+    machine: MachineOption = "rtx-4090",
+    expert_memory: ExpertMemory = None,
+    slots_per_layer: SlotsPerLayer = None,
+    workload: WorkloadOption = None,
+    request_rate: RequestRate = None,
+    burstiness: Burstiness = 1.0,
+    max_concurrency: MaxConcurrency = None,
+    max_num_seqs: MaxNumSeqs = 256,
+    num_prompts: NumPrompts = None,
+    slo: SloOption = None,
+    max_batch_tokens: BatchTokens = 8192,
+    chunk: ChunkOption = 0,
+    settings: SetOption = None,
+    seed: SeedOption = 0,
+    engine: EngineOption = "auto",
+    as_json: JsonOption = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
+) -> None:
+    """What would help most: each resource 10 % better, its next real upgrade, another policy; simulated anew."""
+    from moesim.question import compose
+    from moesim.trace.io import read
+    from moesim.whatif import format_whatif
+    from moesim.whatif import whatif as ask
+
+    question = _question(
+        model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
+    )  # fmt: skip
+    result = ask(read(trace), compose(policy, settings or []), question, by / 100, metric)
+    _print(result, format_whatif(result), as_json, output)
+    if result["base"]["value"] is None:
+        raise typer.Exit(INFEASIBLE)
+
+
 systems = typer.Typer(help="Published systems and baselines.", no_args_is_help=False, invoke_without_command=True)
 
 

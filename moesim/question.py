@@ -40,8 +40,8 @@ ANCHORS = {"all_resident": "all-resident", "no_cache": "on-demand", "lru": "LRU"
 class Question:
     """What is asked, apart from the trace and the policy; None means: work it out."""
 
-    model: str | None = None
-    machine: str = "rtx-4090"
+    model: str | Model | None = None
+    machine: str | Machine = "rtx-4090"
     expert_memory: int | None = None  # bytes
     slots_per_layer: int | None = None
     workload: Path | None = None
@@ -94,9 +94,11 @@ class Scene:
 
     def __init__(self, trace: Trace, question: Question) -> None:
         self.trace, self.question = trace, question
-        self.model: Model = load_model(question.model or trace.info.model)
+        named = question.model or trace.info.model
+        self.model: Model = named if isinstance(named, Model) else load_model(named)
         check_matches(trace, self.model)
-        self.machine: Machine = load_machine(question.machine)
+        given = question.machine
+        self.machine: Machine = given if isinstance(given, Machine) else load_machine(given)
         self._costs: dict[str, Roofline] = {}
         self.workload = _workload(trace, question)
         if question.workload:
@@ -474,6 +476,23 @@ def _sample(scene: Scene) -> Scene:
     sample = object.__new__(Scene)
     sample.__dict__.update(scene.__dict__, workload=first(scene.workload, count))
     return sample
+
+
+def on_sample(
+    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], scale: str = "default"
+) -> dict[str, Any]:
+    """Metrics, and `critical_path`, of the leading requests anchors are measured on; empty where memory is too small.
+
+    scale: `low` and `high` take every cost at the slow and at the fast end of its band.
+    """
+    scene = _sample(Scene(trace, question).under(system))
+    ledger = scene.ledger(system)
+    if not _runs(system, ledger):
+        return {}
+    outcome = _simulate(scene, system, ledger, scale=scale, beliefs=beliefs)
+    limits = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
+    requests = len(scene.workload.requests)
+    return _numbers(outcome) | {"requests": requests, "critical_path": limits["critical_path"]}
 
 
 def _anchor(scene: Scene, name: str) -> dict[str, Any]:
