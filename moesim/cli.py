@@ -297,6 +297,7 @@ def _print(result: Any, text: str, as_json: bool, output: Path | None = None) ->
 def _mount() -> None:
     """Sub-commands live in moesim.commands; `calibrate` beside what it measures, for machines that have no more."""
     from moesim.calibrate.commands import calibrate
+    from moesim.commands.doctor import doctor
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
     from moesim.commands.policy import app as policy_app
@@ -306,6 +307,7 @@ def _mount() -> None:
     from moesim.commands.validate import app as validate_app
 
     app.command()(calibrate)
+    app.command()(doctor)
     app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")

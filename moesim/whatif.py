@@ -76,7 +76,7 @@ def whatif(
         "usd_per_hour": _price(machine),
         "base": base,
         "changes": rows,
-        "notes": _notes(machine, question, system),
+        "notes": _notes(trace, machine, question, system),
     }
 
 
@@ -238,8 +238,10 @@ def _machine(question: Question) -> Machine:
     return question.machine
 
 
-def _notes(machine: Machine, question: Question, system: System) -> list[str]:
+def _notes(trace: Trace, machine: Machine, question: Question, system: System) -> list[str]:
     notes = [*system.notes]
+    if trace.info.provenance != "real":
+        notes.append("synthetic routing: the trace was drawn, not recorded")
     if machine.profile:
         notes.append(
             "measured curves cannot be made faster: all runs, the base too, take the specification sheet and not the "
