@@ -185,7 +185,7 @@ def _next(found: dict[str, Any], directory: Path) -> str:
         return f"moesim replay {trace} --policy LRU --slots-per-layer 8 --machine {fresh[0]}"
     if found["gpus"]:
         if found["can"][f"calibrate --device {device}"] != "yes":
-            return "pip install --force-reinstall 'moesim[gpu]'" if _version("torch") else "pip install 'moesim[gpu]'"
+            return "pip install --force-reinstall torch" if _version("torch") else "pip install 'moesim[gpu]'"
         return f"moesim calibrate --device {device} --budget 5m -o my-machine"
     if trace != "TRACE.parquet":
         return f"moesim replay {trace} --policy LRU --slots-per-layer 8 --machine rtx-4090"
