@@ -233,6 +233,22 @@ def whatif(
         raise typer.Exit(INFEASIBLE)
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory that `moesim replay -o` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page to write; default: report.html in the run's directory.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a saved run as one self-contained HTML page."""
+    from moesim.run_report import write_report
+
+    target = output or run / "report.html"
+    summary = write_report(run, target)
+    _print({"report": str(target), "status": summary["status"]}, str(target), as_json)
+
+
 systems = typer.Typer(help="Published systems and baselines.", no_args_is_help=False, invoke_without_command=True)
 
 

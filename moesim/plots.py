@@ -203,6 +203,72 @@ def predicted_against_measured(
     return figure
 
 
+def value_bars(title: str, what: str, values: Mapping[str, float]) -> Figure:
+    """One bar per name, from the top."""
+    figure = _figure(title, what, "")
+    figure.add_bar(
+        x=list(values.values()), y=list(values), orientation="h", marker={"color": BLUE},
+        text=[f"{value:.4g}" for value in values.values()], hovertemplate="%{y}: %{x:.6g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category", ticks="")
+    figure.update_xaxes(rangemode="tozero")
+    return figure
+
+
+def stacked_memory(tiers: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Every tier's memory as shares of the whole, entry by entry, in bytes."""
+    figure = _figure("Where every byte goes", "share of the tier (%)", "")
+    colours = itertools.cycle(_SERIES)
+    for tier, entries in tiers.items():
+        whole = max(sum(entries.values()), 1)
+        for name, size in entries.items():
+            colour = "#DDDDDD" if name.startswith("free") else next(colours)
+            figure.add_bar(
+                x=[100 * size / whole], y=[tier], orientation="h", marker={"color": colour}, name=f"{tier}: {name}",
+                text=[name], textposition="inside", showlegend=False,
+                hovertemplate=f"{html.escape(name)}: {size / 2**30:.4g} GiB<extra></extra>",
+            )  # fmt: skip
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(autorange="reversed", type="category", ticks="")
+    figure.update_xaxes(range=[0, 100])
+    return figure
+
+
+def latency_distribution(sorted_ms: Mapping[str, Floats]) -> Figure:
+    """Share of requests at or below each latency, ms."""
+    figure = _figure("Latency of requests", "ms", "requests at or below (%)")
+    for (name, values), colour in zip(sorted_ms.items(), itertools.cycle(_SERIES)):
+        figure.add_scatter(
+            x=values, y=100 * np.arange(1, len(values) + 1) / len(values), name=name, mode="lines",
+            line={"color": colour, "width": 2, "shape": "hv"}, hovertemplate="%{x:.4g} ms: %{y:.1f} %<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(range=[0, 101])
+    return figure
+
+
+def steps_over_time(at: Floats, low: Floats, middle: Floats, high: Floats) -> Figure:
+    """Duration of steps, ms, over the time they start, s: median, lowest and highest of each stretch."""
+    figure = _figure("Steps over time", "simulated time (s)", "step (ms)")
+    figure.add_scatter(
+        x=np.r_[at, at[::-1]], y=np.r_[low, high[::-1]], name="lowest to highest", mode="lines", fill="toself",
+        fillcolor=_LIGHT_BLUE, line={"width": 0}, hoverinfo="skip",
+    )  # fmt: skip
+    figure.add_scatter(x=at, y=middle, name="median", mode="lines", line={"color": BLUE, "width": 2})
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def shares_of_layers(shares: Mapping[str, Floats]) -> Figure:
+    """What became of each layer's lookups, % [layers] by kind."""
+    figure = _figure("Lookups by MoE layer", "MoE layer, in order", "lookups (%)")
+    for (name, values), colour in zip(shares.items(), (BLUE, "#E69F00", ORANGE), strict=False):
+        figure.add_bar(x=np.arange(len(values)), y=values, name=name, marker={"color": colour})
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(range=[0, 100])
+    return figure
+
+
 def write_page(path: Path, title: str, lead: str, figures: Iterable[Figure], details: str = "") -> None:
     """One self-contained HTML page: the lead, the figures with plotly.js embedded once, the details as plain text."""
     from plotly.io import to_html
