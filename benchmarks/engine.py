@@ -94,13 +94,19 @@ def decode_case(model_name: str, machine_name: str, tokens: int, sequences: int,
     start = time.perf_counter()
     simulate(scene, system, detail=True, beliefs=beliefs, engine="compiled")
     compiled = tokens / (time.perf_counter() - start)
+    peak = peak_mb()
     scene_ids = scene.trace.experts
     counting = tokens / bincount_seconds(scene_ids, model.experts)
     small = setting(few)
     start = time.process_time()
     simulate(small, system, detail=True, engine="events")
     events = few / (time.process_time() - start)
-    return {"tokens_per_s": compiled, "over_events": compiled / events, "over_bincount": counting / compiled}
+    return {
+        "tokens_per_s": compiled,
+        "over_events": compiled / events,
+        "over_bincount": counting / compiled,
+        "peak_mb": peak,
+    }
 
 
 def bincount_seconds(ids: Any, experts: int) -> float:
@@ -148,10 +154,16 @@ def serving_case() -> dict[str, float]:
         return count * output / (time.perf_counter() - start)
 
     compiled = run(10_000, "compiled")
+    peak = peak_mb()
     events = run(20, "events")
     rows = np.concatenate([r.prefill for r in requests[:200]] + [r.decode for r in requests[:200]])
     counting = 200 * output / bincount_seconds(trace.experts[rows], model.experts)
-    return {"tokens_per_s": compiled, "over_events": compiled / events, "over_bincount": counting / compiled}
+    return {
+        "tokens_per_s": compiled,
+        "over_events": compiled / events,
+        "over_bincount": counting / compiled,
+        "peak_mb": peak,
+    }
 
 
 def run_case(name: str) -> dict[str, Any]:
@@ -162,8 +174,12 @@ def run_case(name: str) -> dict[str, Any]:
         figures = decode_case("mixtral-8x7b", "rtx-4090", LENGTHS[name], 1, 40)
     else:
         figures = decode_case(*DECODE[name])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"case": name, **figures, "peak_mb": peak, "process_s": time.perf_counter() - began}
+    return {"case": name, **figures, "process_s": time.perf_counter() - began}
+
+
+def peak_mb() -> float:
+    """Of this process so far: the drawn trace, the simulator, its records."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

@@ -38,14 +38,30 @@ class Efficiencies:
     dram_server: float
     core_gweights: float
     core_gflops: float
+    core_server: float
     numa_duplicated: float
     numa_split: float
+    numa_cores: float
     link: float
     copy_us: float
     duplex: float
     pageable: float
     nvme: float
     nvme_us: float
+
+
+RESOURCES = {  # whose terms err together
+    "gpu": (
+        "hbm", "hbm_grouped", "hbm_attention", "mfu", "mfu_grouped", "mfu_attention", "kernel_us", "grouped_us",
+        "attention_us", "layer_us",
+    ),
+    "engine": ("eager_us", "route_us", "step_us", "sample_us", "handoff_us"),
+    "host": (
+        "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_gflops", "core_server",
+        "numa_duplicated", "numa_split", "numa_cores",
+    ),
+    "links": ("link", "copy_us", "duplex", "pageable", "nvme", "nvme_us"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,17 @@ def read_machine(path: Path) -> Machine:
     if Path(base).suffix:
         raise MachineError(f"{path}: from: '{base}' must be a name of the catalogue, not a file")
     try:
-        machine = replace(load_machine(base), name=path.stem, profile="")
-        for key, value in settings.items():
-            machine = _set(machine, key, value)
-        return replace(_consistent(machine, settings), source=f"{path.name}, from {base}")
+        return replace(changed(base, {"name": path.stem} | settings), source=f"{path.name}, from {base}")
     except MachineError as error:
         raise MachineError(f"{path}: {error}") from error
+
+
+def changed(base: str, settings: dict[str, Any]) -> Machine:
+    """A machine of the catalogue with fields changed, by dotted key; it has no profile unless that is one of them."""
+    machine = replace(load_machine(base), profile="")
+    for key, value in settings.items():
+        machine = _set(machine, key, value)
+    return _consistent(machine, settings)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from moesim import __version__, metrics
 from moesim.costs.fitted import Fitted, costs_of
 from moesim.costs.roofline import Roofline
 from moesim.costs.table import CostTable
+from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
 from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError
@@ -186,7 +187,8 @@ class Scene:
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
         costs = self.costs(scale)
-        offloaded = not system.all_resident
+        # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
+        offloaded = not system.all_resident and system.misses.rule != "host"
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         own = q.expert_memory is not None or q.slots_per_layer is not None
@@ -246,6 +248,47 @@ def run(
         summary |= _anchors(scene, system, ledger, summary["metrics"], beliefs, shown)
     summary["notes"] = _notes(scene, system)
     return Run(summary, outcome.records, tuple(r.request_id for r in scene.workload.requests))
+
+
+def predict_band(
+    trace: Trace, policy: str | System, question: Question, settings: tuple[str, ...] = ()
+) -> tuple[str, list[dict[str, Any]], str]:
+    """(status, metrics, what limits it). Metrics: with every cost as expected, then pairs with one resource's costs at
+    their slow and at their fast end, for every resource, and for the curves of a profile.
+
+    Errors of one resource go together, those of different ones are independent: a band adds their squares.
+    Without metrics where it cannot run; then the last is the reason.
+    """
+    system = compose(policy, settings)
+    scene = Scene(trace, question).under(system)
+    ledger = scene.ledger(system)
+    if not _runs(system, ledger):
+        return ledger.verdict, [], ledger.reason
+    beliefs = system.predictor.predict(scene.trace, question.seed)
+    outcome = _simulate(scene, system, ledger, beliefs=beliefs)
+    limit = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)["explanation"]
+    found = [_numbers(outcome)]
+    for varied in _varied(scene):
+        for scale, one in zip(("low", "high"), varied, strict=True):
+            at = scale if one is scene else "default"
+            found.append(_numbers(_simulate(one, system, ledger, scale=at, beliefs=beliefs)))
+    return ledger.verdict, found, limit
+
+
+def _varied(scene: Scene) -> list[tuple[Scene, Scene]]:
+    """The scene with one resource's costs slow and fast; the scene itself where a profile's curves are to be so."""
+    known, given = terms(), dict(scene.machine.efficiencies)
+    pairs = []
+    for names in RESOURCES.values():
+        ends = []
+        for end in ("low", "high"):
+            moved = tuple((name, getattr(known[name], end)) for name in names if name not in given)
+            one = copy.copy(scene)
+            one.machine = replace(scene.machine, efficiencies=(*scene.machine.efficiencies, *moved))
+            one._costs = {}
+            ends.append(one)
+        pairs.append((ends[0], ends[1]))
+    return [*pairs, (scene, scene)] if scene.machine.profile else pairs
 
 
 def compose(policy: str | System, settings: list[str] | tuple[str, ...] = ()) -> System:

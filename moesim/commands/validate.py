@@ -64,6 +64,33 @@ def live(
         raise typer.Exit(EXIT[result["status"]])
 
 
+@app.command()
+def published(
+    cases: Annotated[
+        Path | None, typer.Option("--cases", help="CSV of measured values; default: those that come with moesim.")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Groups of cases, such as 'ktv3,ubg'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the report.")] = None,
+) -> None:
+    """Predict published measurements, none of them fitted to, and score the predictions by source.
+
+    Exits 0 where every group of a source is within its tolerance, 4 where one is not.
+    """
+    from moesim import published_report
+    from moesim.output import progress
+    from moesim.published import SHIPPED, choose, read_cases, validate
+
+    chosen = choose(read_cases(cases or SHIPPED), only)
+    with progress("published cases", len(chosen)) as advance:
+        result = validate(chosen, advance)
+    if output is not None:
+        published_report.save(result, output)
+    emit(result, published_report.text(result), as_json)
+    if result["status"] != "passed":
+        raise typer.Exit(EXIT[result["status"]])
+
+
 def _checkout() -> tuple[Any, Any]:
     """validate.live.session and validate.live.report, which are no part of the installed package."""
     if not (ROOT / "validate" / "live").is_dir():

@@ -134,8 +134,10 @@ class Roofline:
         if not tokens:
             return 0.0
         e, host = self.terms, self.machine.host
-        per_weight = 1 / e.core_gweights + 2 * tokens / e.core_gflops
-        return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / (host.cores * host.sockets))
+        gflops = e.core_gflops * (e.core_server if host.platform == "server" else 1.0)
+        per_weight = 1 / e.core_gweights + 2 * tokens / gflops
+        cores = host.cores * e.numa_cores ** math.log2(host.sockets)
+        return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / cores)
 
     def handoff(self) -> float:
         """A layer with experts on the CPU: activations down, results up, two synchronisations."""

@@ -38,6 +38,22 @@ class Even:
 
 
 @dataclass(frozen=True)
+class WholeLayers:
+    """All experts of as many layers as fit, from the last one back; none of the others, nor of the first `without`."""
+
+    without: int = 0
+
+    def split(self, total: int, expert_bytes: Sequence[int], experts: int) -> tuple[int, ...]:
+        sizes = [0] * len(expert_bytes)
+        for layer in range(len(expert_bytes) - 1, self.without - 1, -1):
+            whole = experts * expert_bytes[layer]
+            if whole > total:
+                break
+            sizes[layer], total = whole, total - whole
+        return tuple(sizes)
+
+
+@dataclass(frozen=True)
 class ExpectedLoads:
     """The division that minimises the expected on-demand loads of a token, found by dynamic programming (AdapMoE).
 

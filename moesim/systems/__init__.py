@@ -28,6 +28,7 @@ from moesim.systems.expertflow import expertflow
 from moesim.systems.fmoe import fmoe
 from moesim.systems.hobbit import hobbit
 from moesim.systems.ktransformers import ktransformers
+from moesim.systems.llamacpp import llamacpp
 from moesim.systems.mc import mc
 from moesim.systems.meo import meo
 from moesim.systems.moe_infinity import moe_infinity
@@ -60,6 +61,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "MoE-Infinity": moe_infinity,
     "ProMoE": promoe,
     "KTransformers": ktransformers,
+    "llama.cpp": llamacpp,
     "ExpertFlow": expertflow,
     "EPLB": baselines.eplb,
     "fMoE": fmoe,

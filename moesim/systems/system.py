@@ -24,6 +24,7 @@ from moesim.policies import (
     Refresh,
     Scheduling,
     Transfer,
+    WholeLayers,
 )
 from moesim.policies.own import is_own
 from moesim.prediction import NoPrediction, Predictor
@@ -70,6 +71,13 @@ class System:
             check_kinds(f.name, getattr(self, f.name))
         self._check_cache()
         self._check_beliefs()
+        if isinstance(self.capacity, WholeLayers) and (
+            self.misses.keep or not isinstance(self.predictor, NoPrediction)
+        ):
+            raise PolicyError(
+                "capacity WholeLayers leaves layers without a slot, so nothing can be brought there; set "
+                "misses.keep=false and predictor=none, or another capacity"
+            )
         if self.kernel not in KERNELS:
             raise PolicyError(f"unknown kernel '{self.kernel}'{nearest(self.kernel, KERNELS)}")
         if self.expert_bits is not None and not 0 < self.expert_bits <= 64:

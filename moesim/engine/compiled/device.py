@@ -34,7 +34,7 @@ COUNTED = {
     "evictions": state.EVICTIONS, "prefetched": state.PREFETCHED_N, "prefetched_bytes": state.PREFETCHED_BYTES,
     "prefetch_used_bytes": state.PREFETCH_USED_BYTES, "dropped": state.DROPPED,
 }  # fmt: skip
-BLOCK = 1 << 20  # numbers in a block of records
+BLOCK = 1 << 17  # numbers in a block of records at least: small enough for a core's own cache
 OVERFULL = {1: "events", 2: "write-backs", 3: "records", 4: "copies", 5: "beliefs"}
 
 
@@ -203,13 +203,14 @@ class CompiledDevice:
             enough("ranked", layers * believed + 16)
 
     def _room_to_record(self, name: str, at: int, rows: int) -> None:
-        """A new block where the present one may not do; what was written becomes the table's, without a copy."""
+        """What was written is the table's and its place free again where the present block may not do."""
         s, block = self._s, getattr(self._s, name)
         if len(block) - s.g[at] >= rows:
             return
         self._take_records(name)
         width = block.shape[1]
-        s.put(name, np.empty((max(rows, BLOCK // width), width), dtype=np.int64))
+        if len(block) < rows:
+            s.put(name, np.empty((max(rows, BLOCK // width), width), dtype=np.int64))
 
     def _take_records(self, name: str) -> None:
         table, at = {

@@ -83,21 +83,22 @@ from moesim.policies import HIGH, LOW, SKIP
 @inner
 def find_wanted(s, layer):
     """Unique experts in order of first appearance, with how many tokens chose each, into `wanted`."""
-    chosen, n, k = s.chosen, 0, s.choice[TOP_K]
-    s.g[STAMP] += 1
-    stamp = s.g[STAMP]
+    chosen, tally, n, k = s.chosen, s.tally, 0, s.choice[TOP_K]
     for at in range(s.g[ROW_AT], s.g[ROW_END]):
         row = s.row[at]
         for i in range(k):
             expert = chosen[row, layer, i]
             if expert < 0:
                 continue
-            if s.mark[expert] != stamp:
-                s.mark[expert] = stamp
-                s.count[expert] = n
-                s.wanted[n, 0], s.wanted[n, 1] = expert, 0
+            tokens = tally[expert]
+            if not tokens:
+                s.wanted[n, 0] = expert
                 n += 1
-            s.wanted[s.count[expert], 1] += 1
+            tally[expert] = tokens + 1
+    for place in range(n):
+        expert = s.wanted[place, 0]
+        s.wanted[place, 1], s.count[expert] = tally[expert], place
+        tally[expert] = 0
     s.g[WANTED] = n
     if s.choice[RULE] == PRECISION:
         _lower(s, layer)

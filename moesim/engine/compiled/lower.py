@@ -148,6 +148,7 @@ def lower_state(
         wanted=ints(2 * experts, 2),
         mark=ints(2 * experts),
         count=ints(2 * experts),
+        tally=ints(experts),
         next_of=ints(experts),
         taken=ints(trace.top_k),
         resident=ints(2 * experts),

@@ -144,7 +144,8 @@ FIELDS = (
     ("older", "i", 1),  # [K] copies of the plan before
     ("wanted", "i", 2),  # [2 experts, 2]: expert, tokens
     ("mark", "i", 1),  # [2 experts] last STAMP
-    ("count", "i", 1),  # [2 experts]
+    ("count", "i", 1),  # [2 experts] place in `wanted`, or tokens
+    ("tally", "i", 1),  # [experts] tokens that chose it, while they are counted
     ("next_of", "i", 1),  # [experts] next use of those chosen
     ("taken", "i", 1),  # [k] what serves a token's choices
     ("resident", "i", 1),  # [2 experts] keys
