@@ -57,6 +57,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change one c
 EngineOption = Annotated[
     str, typer.Option("--engine", help="auto, events or compiled; equal results, auto is compiled where it can be.")
 ]
+POOL, POOL_TOKENS = 16, (512, 256)  # drawn requests, prompt and output tokens that workloads are joined from
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the results.")]
@@ -81,6 +82,7 @@ def _question(
     model: str | None, machine: str, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
     request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
     num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int, engine: str,
+    goodput: list[str] | None = None,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
     from moesim.question import Question
@@ -100,6 +102,7 @@ def _question(
         max_num_seqs=max_num_seqs,
         num_prompts=num_prompts,
         slo_ms=slo,
+        goodput=tuple(_slo(text) for text in goodput or ()),
         max_batch_tokens=max_batch_tokens,
         chunk=chunk,
         seed=seed,
@@ -107,9 +110,21 @@ def _question(
     )
 
 
+def _slo(text: str) -> tuple[str, float]:
+    """`tpot:50` as vLLM writes it, in ms."""
+    name, _, ms = text.partition(":")
+    try:
+        return name, float(ms)
+    except ValueError:
+        raise WorkloadError(f"--goodput '{text}': write METRIC:MS, such as ttft:2000") from None
+
+
 @app.command()
 def replay(
-    trace: TracePath,
+    trace: Annotated[
+        Path | None,
+        typer.Argument(help="Routing trace (.parquet); without one, routing is drawn for --model.", show_default=False),
+    ] = None,
     policy: Annotated[
         str, typer.Option("--policy", "-p", help="System, such as eMoE, LRU(scope='global') or my_policy.py:MyPolicy.")
     ] = "LRU",
@@ -123,7 +138,16 @@ def replay(
     max_concurrency: MaxConcurrency = None,
     max_num_seqs: MaxNumSeqs = 256,
     num_prompts: NumPrompts = None,
+    random_input_len: Annotated[
+        int, typer.Option("--random-input-len", help="Prompt tokens of each request, where there is no trace.")
+    ] = 1024,
+    random_output_len: Annotated[
+        int, typer.Option("--random-output-len", help="Output tokens of each request, where there is no trace.")
+    ] = 128,
     slo: SloOption = None,
+    goodput: Annotated[
+        list[str] | None, typer.Option("--goodput", help="Count requests that keep an SLO in ms, such as ttft:2000.")
+    ] = None,
     max_batch_tokens: BatchTokens = 8192,
     chunk: ChunkOption = 0,
     settings: SetOption = None,
@@ -142,9 +166,13 @@ def replay(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
     )  # fmt: skip
-    result = run(read(trace), policy, question, settings or [], anchors, detail=bool(timeline or output))
+    if trace is not None:
+        routing = read(trace)
+    else:
+        routing = _drawn(model, workload, num_prompts or 16, random_input_len, random_output_len, seed)
+    result = run(routing, policy, question, settings or [], anchors, detail=bool(timeline or output))
     if timeline and result.records.requests:
         write_timeline(result.records, timeline)
     if output:
@@ -152,6 +180,21 @@ def replay(
     _print(result.summary, format_run(result), as_json)
     if result.summary["status"] in ("OOM", "CACHE_DISABLED", "OVERLOADED"):
         raise typer.Exit(INFEASIBLE)
+
+
+def _drawn(model: str | None, workload: Path | None, requests: int, prompt: int, output: int, seed: int) -> Any:
+    """Synthetic routing for a model: of requests that long, or a pool that those of a workload file are joined from."""
+    from moesim.model import load_model
+    from moesim.output import remark
+    from moesim.trace.synth import draw, from_parameters
+
+    if model is None:
+        raise WorkloadError("neither a trace nor --model: give a routing trace, or name the model to draw routing for")
+    known = load_model(model)
+    remark(f"no trace: drawing routing for {known.name}, as local as a recorded trace of another model is")
+    layers = known.moe_layers
+    fitted = from_parameters(known.experts, known.top_k, len(layers), model=known.name, moe_layers=layers, seed=seed)
+    return draw(fitted, *((POOL, *POOL_TOKENS) if workload else (requests, prompt, output - 1)), seed=seed)
 
 
 @app.command()

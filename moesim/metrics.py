@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,30 @@ def throughput_metrics(records: Records) -> dict[str, Any]:
         "request_throughput": len(r) / seconds,
         "output_throughput": outputs / seconds,
         "total_token_throughput": (inputs + outputs) / seconds,
+    }
+
+
+GOODPUT = ("ttft", "tpot", "e2el")
+
+
+def goodput_metrics(records: Records, slos_ms: Mapping[str, float], tasks: Sequence[str]) -> dict[str, Any]:
+    """Requests per second that keep every SLO, as vLLM's --goodput counts them, and their share by task.
+
+    slos_ms: of `ttft`, `tpot` and `e2el`; a request of one token keeps any TPOT. tasks: by request number.
+    """
+    r = records.requests
+    sent, first, last = r.column("sent"), r.column("first_token"), r.column("finished")
+    tpot = (last - first) / np.maximum(r.column("output_tokens") - 1, 1)
+    took = {"ttft": first - sent, "tpot": tpot, "e2el": last - sent}
+    good = np.ones(len(r), dtype=bool)
+    for name, limit in slos_ms.items():
+        good &= took[name] <= limit * 1e6
+    labels = np.array([tasks[i] for i in r.column("request").tolist()])
+    return {
+        "request_goodput": float(good.sum()) * 1e9 / max(int(last.max()) - int(r.column("arrival").min()), 1),
+        "slo_attainment": float(good.mean()),
+        "slo_attainment_by_slo": {n: float((took[n] <= ms * 1e6).mean()) for n, ms in slos_ms.items()},
+        "slo_attainment_by_task": {t: float(good[labels == t].mean()) for t in sorted(set(labels.tolist()))},
     }
 
 

@@ -41,6 +41,11 @@ def _speed_lines(s: dict[str, Any]) -> list[str]:
         if m[f"mean_{name}_ms"] is not None:
             values = (m[f"mean_{name}_ms"], *(m[f"p{p}_{name}_ms"] for p in (50, 90, 99)))
             lines.append(f"  {name.upper():8}" + "".join(f"{value:10.4g}" for value in values))
+    if "slo_attainment" in m:
+        kept = ", ".join(f"{name} {share:.1%}" for name, share in m["slo_attainment_by_slo"].items())
+        lines.append(
+            f"goodput       {m['request_goodput']:.4g} requests/s keep every SLO, {m['slo_attainment']:.1%} ({kept})"
+        )
     return lines
 
 

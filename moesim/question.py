@@ -16,7 +16,7 @@ from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
-from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError
+from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
 from moesim.memory import Ledger, plan_memory
@@ -52,6 +52,7 @@ class Question:
     max_num_seqs: int = 256
     num_prompts: int | None = None
     slo_ms: float | None = None
+    goodput: tuple[tuple[str, float], ...] = ()  # (ttft, tpot or e2el; ms)
     max_batch_tokens: int = 8192
     chunk: int = 0
     seed: int = 0
@@ -63,6 +64,11 @@ class Question:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise WorkloadError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, ms in self.goodput:
+            if name not in metrics.GOODPUT:
+                raise WorkloadError(f"--goodput {name}: unknown metric{nearest(name, metrics.GOODPUT)}")
+            if not 0 < ms < math.inf:
+                raise WorkloadError(f"--goodput {name}:{ms:g} must be a number of ms above 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +334,9 @@ def _simulate(
 
 def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> dict[str, Any]:
     numbers = _numbers(outcome)
+    if scene.question.goodput:
+        tasks = [r.task for r in scene.workload.requests]
+        numbers |= metrics.goodput_metrics(outcome.records, dict(scene.question.goodput), tasks)
     altered = scene.altered(system)
     status, reason = _status(scene, system, ledger, outcome, numbers)
     extrapolated, _ = _beyond(scene)

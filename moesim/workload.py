@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import WorkloadError
 from moesim.trace import Requests, Trace
-
-MAX_FILE_BYTES = 1 << 30
-MAX_SECONDS = 1e9  # int64 ns hold nine times as much
-MAX_TOKENS = 1 << 24  # per request
+from moesim.workload_files import MAX_SECONDS, read_rows
 
 
 @dataclass(frozen=True)
@@ -105,28 +101,23 @@ def with_slo(workload: Workload, slo_ms: float) -> Workload:
 
 
 def read_workload(path: Path, trace: Trace, seed: int) -> Workload:
-    """Requests from a CSV with columns arrival_s, prompt_tokens, output_tokens and optionally request_id and task.
+    """Requests from a file that `moesim.workload_files.read_rows` knows.
 
     A row whose request_id is in the trace is routed as that request was; any other takes its routing from trace
     requests of its task, drawn with `seed` and joined end to end, and the workload says so.
     """
-    rows = _read_rows(path)
-    known = {name: i for i, name in enumerate(trace.requests.request_id)}
     own = from_trace(trace).requests
-    by_row = {r.request_id: r for r in own}
+    by_name = {r.request_id: r for r in own}
     rng = np.random.default_rng([seed, 0x10B])
     requests, drawn = [], 0
-    for line, row in rows:
-        arrival = _number(path, line, row, "arrival_s", 0.0)
-        prompt, output = (int(_number(path, line, row, c, 1)) for c in ("prompt_tokens", "output_tokens"))
-        task = row.get("task") or ""
-        name = row.get("request_id") or f"{path.stem}-{line}"
-        if name in known:
-            prefill, decode = _recorded(path, line, by_row[name], prompt, output)
+    for row in read_rows(path):
+        name = row.request_id or f"{path.stem}-{row.line}"
+        if name in by_name:
+            prefill, decode = _recorded(path, row.line, by_name[name], row.prompt, row.output)
         else:
             drawn += 1
-            prefill, decode = _draw(path, line, own, task, prompt, output, rng)
-        requests.append(Request(name, task, int(arrival * 1e9), prompt, prefill, decode))
+            prefill, decode = _draw(path, row.line, own, row.task, row.prompt, row.output, rng)
+        requests.append(Request(name, row.task, int(row.arrival_s * 1e9), row.prompt, prefill, decode))
     requests.sort(key=lambda r: r.arrival_ns)
     names = [r.request_id for r in requests]
     if len(set(names)) < len(names):
@@ -167,41 +158,6 @@ def unroll(trace: Trace, workload: Workload) -> tuple[Trace, Workload]:
         probabilities=None if trace.probabilities is None else trace.probabilities[flat],
     )
     return served, replace(workload, requests=tuple(moved))
-
-
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    if not path.is_file():
-        raise WorkloadError(f"{path}: no such file; give a CSV with arrival_s, prompt_tokens, output_tokens")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise WorkloadError(f"{path}: larger than 1 GiB; split it")
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = {"arrival_s", "prompt_tokens", "output_tokens"} - set(reader.fieldnames or ())
-            if missing:
-                raise WorkloadError(
-                    f"{path}: column '{min(missing)}' is missing; a workload needs arrival_s, prompt_tokens, "
-                    "output_tokens"
-                )
-            rows = list(enumerate(reader, start=2))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise WorkloadError(f"{path}: not a CSV text file ({error})") from None
-    if not rows:
-        raise WorkloadError(f"{path}: no requests; add at least one line below the header")
-    return rows
-
-
-def _number(path: Path, line: int, row: dict[str, str], column: str, least: float) -> float:
-    text = row.get(column) or ""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    most = MAX_SECONDS if column == "arrival_s" else MAX_TOKENS
-    if not least <= value <= most or (column != "arrival_s" and value != int(value)):
-        kind = "a number" if column == "arrival_s" else "a whole number"
-        raise WorkloadError(f"{path}, line {line}: {column} '{text}' must be {kind} from {least:g} to {most:g}")
-    return value
 
 
 def _recorded(

@@ -18,7 +18,7 @@ ROOMS = [
     ["costs", "memory"],
     ["profile", "profile_import", "profile_compare", "calibrate"],
     ["trace"],
-    ["workload", "prediction"],
+    ["workload", "workload_files", "prediction"],
     ["policies"],
     ["transforms"],
     ["systems"],

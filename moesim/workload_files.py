@@ -1,0 +1,131 @@
+"""Requests from files: moesim's own CSV, and what public request traces and benchmarks look like."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moesim.errors import WorkloadError
+
+MAX_FILE_BYTES = 1 << 30
+MAX_SECONDS = 1e9  # int64 ns hold nine times as much
+MAX_TOKENS = 1 << 24  # per request
+FORMATS = (
+    "a CSV with arrival_s, prompt_tokens, output_tokens[, request_id, task]; Azure's TIMESTAMP, ContextTokens, "
+    "GeneratedTokens; BurstGPT's Timestamp, Request tokens, Response tokens; or JSON lines of Mooncake (timestamp, "
+    "input_length, output_length) or LLMServingSim (arrival_time_ns, input_toks, output_toks)"
+)
+
+
+class Row(NamedTuple):
+    """A request as a file has it; `line` for messages, `request_id` empty where it has no name."""
+
+    line: int
+    arrival_s: float
+    prompt: int
+    output: int
+    task: str
+    request_id: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All requests of a file of a known format, in its order. Raises WorkloadError by file, line, value and rule.
+
+    Times count from the first request where the format gives a date. BurstGPT's failed requests, which have no
+    response, are left out.
+    """
+    if not path.is_file():
+        raise WorkloadError(f"{path}: no such file; give {FORMATS}")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise WorkloadError(f"{path}: larger than 1 GiB; split it")
+    try:
+        rows = list(_json_lines(path) if path.suffix.lower() == ".jsonl" else _csv(path))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise WorkloadError(f"{path}: not a CSV or JSON text file ({error})") from None
+    if not rows:
+        raise WorkloadError(f"{path}: no requests; give at least one line below the header")
+    return rows
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = set(reader.fieldnames or ())
+        if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= names:
+            yield from _azure(path, reader)
+        elif {"Timestamp", "Request tokens", "Response tokens"} <= names:
+            for line, row in enumerate(reader, start=2):
+                if (row["Response tokens"] or "").strip() not in ("", "0"):
+                    yield _row(path, line, row, "Timestamp", "Request tokens", "Response tokens", 1.0)
+        else:
+            missing = {"arrival_s", "prompt_tokens", "output_tokens"} - names
+            if missing:
+                raise WorkloadError(f"{path}: column '{min(missing)}' is missing; a workload is {FORMATS}")
+            for line, row in enumerate(reader, start=2):
+                yield _row(path, line, row, "arrival_s", "prompt_tokens", "output_tokens", 1.0)
+
+
+def _azure(path: Path, reader: Any) -> Iterator[Row]:
+    """Azure LLM inference traces of 2023 and 2024: dates to seven digits of a second, with or without a zone."""
+    began: datetime | None = None
+    for line, row in enumerate(reader, start=2):
+        text = (row["TIMESTAMP"] or "").strip()
+        whole, dot, rest = text.partition(".")
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        try:
+            at = datetime.fromisoformat(whole + (dot + digits[:6].ljust(6, "0") if dot else "") + rest[len(digits) :])
+            began = began or at
+            seconds = (at - began).total_seconds()
+        except (ValueError, TypeError):
+            raise WorkloadError(f"{path}, line {line}: TIMESTAMP '{text}' must be a date and time") from None
+        yield _row(path, line, row | {"seconds": str(seconds)}, "seconds", "ContextTokens", "GeneratedTokens", 1.0)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise WorkloadError(f"{path}, line {line}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise WorkloadError(f"{path}, line {line}: not a JSON object; a workload is {FORMATS}")
+            if "input_length" in row:
+                yield _row(path, line, row, "timestamp", "input_length", "output_length", 1e-3)
+            elif "input_toks" in row:
+                yield _row(path, line, row, "arrival_time_ns", "input_toks", "output_toks", 1e-9)
+            else:
+                raise WorkloadError(
+                    f"{path}, line {line}: neither input_length nor input_toks; a workload is {FORMATS}"
+                )
+
+
+def _row(path: Path, line: int, row: dict[str, Any], at: str, prompt: str, output: str, second: float) -> Row:
+    arrival = _number(path, line, row, at, second, 0.0, MAX_SECONDS)
+    lengths = [_number(path, line, row, name, 1.0, 1, MAX_TOKENS) for name in (prompt, output)]
+    for name, length in zip((prompt, output), lengths, strict=True):
+        if length != int(length):
+            raise WorkloadError(f"{path}, line {line}: {name} '{row.get(name)}' must be a whole number")
+    return Row(line, arrival, int(lengths[0]), int(lengths[1]), row.get("task") or "", row.get("request_id") or "")
+
+
+def _number(path: Path, line: int, row: dict[str, Any], name: str, unit: float, least: float, most: float) -> float:
+    given = row.get(name)
+    try:
+        value = float(given) * unit  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        value = math.nan
+    if not least <= value <= most:
+        kind = "a number" if unit != 1 or least == 0 else "a whole number"
+        raise WorkloadError(
+            f"{path}, line {line}: {name} '{'' if given is None else given}' must be {kind} from {least:g} to "
+            f"{most / unit:g}"
+        )
+    return value
