@@ -21,7 +21,7 @@ ALIASES = {
     "system": "policy", "memory": "expert_memory", "batch": "max_concurrency", "precision": "expert_bits",
     "slo": "slo_ms",
 }  # fmt: skip
-ASKED = {f.name: str(f.type) for f in fields(Question)}  # every field of a question may be an axis
+ASKED = {f.name: str(f.type) for f in fields(Question) if f.name != "goodput"}  # what of a question may be an axis
 CHANGED = [f.name for f in fields(System) if f.name not in ("name", "source", "quality", "notes")]
 
 
@@ -160,7 +160,8 @@ def _text(value: Any) -> str:
 
 def _value(name: str, value: Any) -> Any:
     """`value` as the kind a question's field is declared to hold."""
-    kind, optional, _ = ASKED[name].partition(" | None")
+    kind, *others = ASKED[name].split(" | ")  # of several kinds the first is the one that can be written
+    optional = "None" in others
     if value is None or str(value).lower() == "none":
         if optional:
             return None
