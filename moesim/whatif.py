@@ -13,7 +13,7 @@ from moesim.machine import Machine, catalogue, load_machine
 from moesim.output import progress
 from moesim.policies.eviction import Eviction
 from moesim.policies.own import is_own
-from moesim.prediction import NoPrediction, Oracle
+from moesim.prediction import Oracle
 from moesim.question import Question, on_sample, predict
 from moesim.systems import System
 from moesim.trace import Trace
@@ -220,11 +220,13 @@ def _next_gpu(question: Question, system: System) -> Iterator[Change]:
 
 def _policies(question: Question, system: System, beliefs: Any) -> Iterator[Change]:
     """A predictor that is never wrong, as early as the system's own, and other rules of eviction."""
-    if beliefs and not isinstance(system.predictor, NoPrediction):
+    if beliefs and system.predictor.provenance != "none":
+        first = beliefs[0].distance
+        ahead = f"{first} layer{'s'[: first > 1]} ahead" if first else "all layers when a step starts"
         oracle = Oracle(distance=beliefs[0].distance, wraps=beliefs[0].wraps)
         if oracle != system.predictor:
             certain = replace(system, predictor=oracle)
-            yield Change("predictor recall", "never wrong: a bound", "policy", question, certain)
+            yield Change("predictor recall", f"never wrong, {ahead}", "policy", question, certain)
     if not (system.cache and system.misses.keep and system.eviction.own is None) or system.all_resident:
         return
     for name, feature in EVICTIONS.items():

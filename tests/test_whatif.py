@@ -80,9 +80,10 @@ def test_changes_are_sorted_by_gain_and_bands_hold_their_gain(ask):
 
 
 def test_a_perfect_predictor_is_tried_where_there_is_one(ask):
-    names = [row["resource"] for row in ask("MoE-Infinity", slots_per_layer=4)["changes"]]
-    assert "predictor recall" in names
-    assert "predictor recall" not in [row["resource"] for row in ask("LRU", slots_per_layer=4)["changes"]]
+    row = changes(ask("ProMoE", slots_per_layer=4), "policy")["predictor recall"]
+    assert row["what"] == "never wrong, 1 layer ahead" and row["gain"] > 0
+    for without in ("LRU", "DeepSpeed"):  # DeepSpeed brings whole layers and predicts nothing
+        assert "predictor recall" not in [r["resource"] for r in ask(without, slots_per_layer=4)["changes"]]
 
 
 def test_one_memory_has_no_link(ask):
