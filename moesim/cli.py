@@ -85,7 +85,7 @@ def _question(
     goodput: list[str] | None = None,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
-    from moesim.question import Question
+    from moesim.question import Question, parse_slo
     from moesim.units import parse_size
 
     if workload and request_rate is not None:
@@ -102,21 +102,12 @@ def _question(
         max_num_seqs=max_num_seqs,
         num_prompts=num_prompts,
         slo_ms=slo,
-        goodput=tuple(_slo(text) for text in goodput or ()),
+        goodput=tuple(parse_slo(text) for text in goodput or ()),
         max_batch_tokens=max_batch_tokens,
         chunk=chunk,
         seed=seed,
         engine=engine,
     )
-
-
-def _slo(text: str) -> tuple[str, float]:
-    """`tpot:50` as vLLM writes it, in ms."""
-    name, _, ms = text.partition(":")
-    try:
-        return name, float(ms)
-    except ValueError:
-        raise WorkloadError(f"--goodput '{text}': write METRIC:MS, such as ttft:2000") from None
 
 
 @app.command()
@@ -186,15 +177,13 @@ def _drawn(model: str | None, workload: Path | None, requests: int, prompt: int,
     """Synthetic routing for a model: of requests that long, or a pool that those of a workload file are joined from."""
     from moesim.model import load_model
     from moesim.output import remark
-    from moesim.trace.synth import draw, from_parameters
+    from moesim.trace.assumed import local_routing
 
     if model is None:
         raise WorkloadError("neither a trace nor --model: give a routing trace, or name the model to draw routing for")
     known = load_model(model)
     remark(f"no trace: drawing routing for {known.name}, as local as a recorded trace of another model is")
-    layers = known.moe_layers
-    fitted = from_parameters(known.experts, known.top_k, len(layers), model=known.name, moe_layers=layers, seed=seed)
-    return draw(fitted, *((POOL, *POOL_TOKENS) if workload else (requests, prompt, output - 1)), seed=seed)
+    return local_routing(known, *((POOL, *POOL_TOKENS) if workload else (requests, prompt, output - 1)), seed=seed)
 
 
 @app.command()
@@ -359,6 +348,7 @@ def _mount() -> None:
     from moesim.commands.doctor import doctor
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
+    from moesim.commands.plan import plan
     from moesim.commands.policy import app as policy_app
     from moesim.commands.profile import app as profile_app
     from moesim.commands.sweep import app as sweep_app
@@ -367,6 +357,7 @@ def _mount() -> None:
 
     app.command()(calibrate)
     app.command()(doctor)
+    app.command()(plan)
     app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")

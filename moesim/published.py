@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +180,11 @@ def predict(case: Case) -> dict[str, Any]:
     if not numbers:
         return {"status": status, "reason": bottleneck}
     value, *ends = (METRICS[case.metric](found) for found in numbers)
-    low, high = _band(value, ends)
+    low, high = band(value, ends)
     return {"status": status, "predicted": value, "low": low, "high": high, "bottleneck": bottleneck}
 
 
-def _band(value: float, ends: Sequence[float]) -> tuple[float, float]:
+def band(value: float, ends: Sequence[float]) -> tuple[float, float]:
     """P10 and P90: ends of the resources' bands, their logarithms added as squares on either side."""
     moved = [math.log(end / value) for end in ends]
     down, up = (math.sqrt(sum(m * m for m in moved if m * side > 0)) for side in (-1, 1))
@@ -193,49 +192,13 @@ def _band(value: float, ends: Sequence[float]) -> tuple[float, float]:
 
 
 def _routing(case: Case) -> Any:
-    """Drawn routing: with the locality of recorded traces where a cache makes use of it, else any distinct experts."""
+    """Drawn routing: with the locality of recorded traces where a cache makes use of it."""
     from moesim.question import compose
-    from moesim.trace.routing_model import draw
+    from moesim.trace.assumed import distinct_routing, local_routing
 
     system = compose(case.system, case.settings)
-    counts = case.concurrency, case.prompt, case.output
-    if system.cache and not system.all_resident and system.misses.keep:
-        return draw(_fitted(case.model.name, case.model.top_k), *counts)
-    return _distinct(case.model, *counts)
-
-
-@cache
-def _fitted(name: str, top_k: int) -> Any:
-    from moesim.trace.synth_parameters import from_parameters
-
-    model = load_model(name)
-    layers = model.moe_layers
-    return from_parameters(model.experts, top_k, len(layers), model=model.name, moe_layers=layers)
-
-
-def _distinct(model: Model, requests: int, prompt: int, output: int) -> Any:
-    """Every token its own `top_k` of all experts, any as likely as another."""
-    import numpy as np
-
-    from moesim.trace import DECODE, PREFILL, Requests, Trace, TraceInfo
-
-    rng, each = np.random.default_rng(0), prompt + output
-    layers, k = len(model.moe_layers), model.top_k
-    experts = np.empty((requests * each, layers, k), dtype=np.int16)
-    for row in range(len(experts)):
-        keys = rng.random((layers, model.experts), dtype=np.float32)
-        experts[row] = np.argpartition(keys, k - 1, axis=1)[:, :k]
-    position = np.tile(np.arange(each, dtype=np.int32), requests)
-    return Trace(
-        info=TraceInfo(model.name, model.experts, k, model.moe_layers, provenance="synthetic"),
-        requests=Requests(
-            tuple(f"r{i}" for i in range(requests)), ("",) * requests, np.full(requests, prompt, dtype=np.int32)
-        ),
-        experts=experts,
-        request=np.repeat(np.arange(requests, dtype=np.int32), each),
-        phase=np.where(position < prompt, PREFILL, DECODE).astype(np.uint8),
-        position=position,
-    )
+    cached = system.cache and not system.all_resident and system.misses.keep
+    return (local_routing if cached else distinct_routing)(case.model, case.concurrency, case.prompt, case.output)
 
 
 # -- scores -------------------------------------------------------------------------------------------------------

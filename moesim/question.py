@@ -71,6 +71,15 @@ class Question:
                 raise WorkloadError(f"--goodput {name}:{ms:g} must be a number of ms above 0")
 
 
+def parse_slo(text: str) -> tuple[str, float]:
+    """`tpot:50` as vLLM writes it, in ms. Raises WorkloadError."""
+    name, _, ms = text.partition(":")
+    try:
+        return name, float(ms)
+    except ValueError:
+        raise WorkloadError(f"--goodput '{text}': write METRIC:MS, such as ttft:2000") from None
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A summary fit for JSON, and what it was computed from."""

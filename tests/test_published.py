@@ -91,7 +91,7 @@ def test_scores_are_those_of_hand():
 
 
 def test_bands_add_resources_as_squares():
-    low, high = published._band(1.0, [0.5, 2.0, 0.25, 1.0])
+    low, high = published.band(1.0, [0.5, 2.0, 0.25, 1.0])
     assert low == pytest.approx(2 ** -(5**0.5)) and high == pytest.approx(2.0)
 
 

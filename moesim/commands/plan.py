@@ -1,0 +1,108 @@
+"""`moesim plan`: which machine, precision, system and concurrency for a model and a wish."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesim.errors import WorkloadError
+from moesim.output import emit, progress
+
+UNMET = 3
+
+
+def plan(
+    model: Annotated[str, typer.Option("--model", "-m", help="Model name, config.json or .gguf.")],
+    machine: Annotated[
+        str, typer.Option("--machine", help="Machines or YAML files, separated by commas.")
+    ] = "rtx-4090",
+    bits: Annotated[str, typer.Option("--bits", help="Bits per weight to consider, scales included.")] = "16,8.5,4.85",
+    policies: Annotated[
+        str, typer.Option("--policies", help="Systems to consider; default: those one can download.")
+    ] = "",
+    concurrency: Annotated[str, typer.Option("--max-concurrency", help="Requests at once to consider.")] = "1,8",
+    random_input_len: Annotated[int, typer.Option("--random-input-len", help="Prompt tokens of each request.")] = 512,
+    random_output_len: Annotated[int, typer.Option("--random-output-len", help="Output tokens of each request.")] = 64,
+    goodput: Annotated[
+        list[str] | None, typer.Option("--goodput", help="An SLO in ms to keep, such as tpot:50.")
+    ] = None,
+    objective: Annotated[str, typer.Option("--objective", help="throughput, latency or cost.")] = "throughput",
+    budget: Annotated[float | None, typer.Option("--budget", help="At most so many $ per hour.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
+) -> None:
+    """Search machines, precisions, systems and concurrency for the best way to serve a model.
+
+    Exits 3 where nothing keeps the SLOs.
+    """
+    from moesim.machine import load_machine
+    from moesim.model import load_model
+    from moesim.plan import search
+    from moesim.question import parse_slo
+    from moesim.systems import load_system, split_specs
+
+    known = load_model(model)
+    chosen = split_specs(policies) if policies else list(search.POLICIES)
+    names = [load_system(policy).name and policy for policy in chosen]
+    choices = search.space(
+        [load_machine(name.strip()) for name in machine.split(",")], _numbers("--bits", bits, float), names,
+        _numbers("--max-concurrency", concurrency, int),
+    )  # fmt: skip
+    asked = search.Asked(
+        random_input_len, random_output_len, tuple(parse_slo(text) for text in goodput or ()), objective, budget, seed
+    )
+    with progress("candidates", len(choices)) as advance:
+        result = search.plan(known, choices, asked, advance=advance)
+    emit(result, _page(result), as_json, output)
+    if result["best"] is None:
+        raise typer.Exit(UNMET)
+
+
+def _numbers(option: str, text: str, kind: Any) -> list[Any]:
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise WorkloadError(f"{option} '{text}': write numbers separated by commas") from None
+    if not all(0 < value <= 1 << 20 for value in values):
+        raise WorkloadError(f"{option} '{text}': every number must be above 0")
+    return values
+
+
+def _page(result: dict[str, Any]) -> str:
+    lines = [f"{result['model']}: {len(result['candidates'])} ways simulated, {len(result['excluded'])} excluded"]
+    best = result["best"]
+    if best is None:
+        lines.append("nothing keeps the SLOs" if result["candidates"] else "nothing fits")
+    else:
+        low, high = best["p10_p90"]
+        anchors = ", ".join(
+            f"{name} {row['output_throughput']:.4g}" if "output_throughput" in row else f"{name}: {row['error']}"
+            for name, row in best["anchors"].items()
+        )
+        lines += [
+            f"best: {_named(best)}: {best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g})",
+            f"  limited by {best['limited_by']}; anchors, tok/s: {anchors}; ceiling {best['ceiling']:.4g}",
+            f"  {best['flags']}",
+        ]
+    header = f"{'tok/s':>9}{'TTFT ms':>10}{'TPOT ms':>10}{'$/Mtok':>9}  SLOs"
+    lines += ["", f"{'way':60}{header}"]
+    for row in result["candidates"]:
+        price = row["usd_per_million_output_tokens"]
+        cost = "-" if price is None else f"{price:.3g}"
+        tpot = "-" if row["mean_tpot_ms"] is None else f"{row['mean_tpot_ms']:.4g}"
+        mark = "*" if {n: row[n] for n in ("machine", "bits", "policy", "concurrency")} in result["pareto"] else " "
+        lines.append(
+            f"{mark} {_named(row):58}{row['output_throughput']:>9.4g}{row['mean_ttft_ms']:>10.4g}{tpot:>10}{cost:>9}  "
+            + ("kept" if row["keeps_slos"] else f"kept by {row['slo_attainment']:.0%}")
+        )
+    lines += ["* no other is better in throughput, TPOT and price at once"]
+    lines += [f"excluded: {_named(row)}: {row['reason']}" for row in result["excluded"]]
+    lines.append("routing is drawn, not recorded; quality at fewer bits is not modelled")
+    return "\n".join(lines)
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['policy']} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"
