@@ -345,6 +345,7 @@ def _print(result: Any, text: str, as_json: bool, output: Path | None = None) ->
 def _mount() -> None:
     """Sub-commands live in moesim.commands; `calibrate` beside what it measures, for machines that have no more."""
     from moesim.calibrate.commands import calibrate
+    from moesim.commands.capacity import capacity
     from moesim.commands.doctor import doctor
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
@@ -356,6 +357,7 @@ def _mount() -> None:
     from moesim.commands.validate import app as validate_app
 
     app.command()(calibrate)
+    app.command()(capacity)
     app.command()(doctor)
     app.command()(plan)
     app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")

@@ -26,7 +26,7 @@ ROOMS = [
     ["engine"],
     ["metrics", "timeline", "plots", "profile_plots", "contracts"],
     ["question"],
-    ["compare", "page", "model_report", "whatif", "doctor", "run_report", "published", "published_report"],
+    ["compare", "page", "model_report", "whatif", "doctor", "run_report", "published", "published_report", "capacity"],
     ["plan"],
     ["commands", "cli"],
 ]
