@@ -79,6 +79,11 @@ class Prices:
     usd_per_hour_low: float | None = None
     source: str = ""
 
+    @property
+    def known(self) -> float | None:
+        """The usual price, else the lowest seen."""
+        return self.usd_per_hour or self.usd_per_hour_low
+
 
 @dataclass(frozen=True)
 class Machine:

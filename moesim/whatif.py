@@ -110,7 +110,7 @@ def _row(change: Change, base: dict[str, Any], values: dict[str, Any], metric: s
 
 
 def _price(machine: Any) -> float | None:
-    return machine.prices.usd_per_hour or machine.prices.usd_per_hour_low
+    return machine.prices.known
 
 
 # -- what may be changed ------------------------------------------------------------------------------------------

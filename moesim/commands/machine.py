@@ -56,7 +56,7 @@ def info(
 
 def _row(machine: Machine) -> str:
     gpu, host = machine.gpu, machine.host
-    price = machine.prices.usd_per_hour or machine.prices.usd_per_hour_low
+    price = machine.prices.known
     shared = f"{'shared':>10}{'':>6}{'-':>11}"
     apart = f"{host.memory_bytes / 2**30:>10.0f}{host.dram_gbps:>6.0f}{machine.pcie.gbps:>11.1f}"
     memory = f"{gpu.memory_bytes / 2**30:>6.0f}{gpu.hbm_gbps:>7.0f}{gpu.tflops:>8.0f}"

@@ -149,7 +149,7 @@ def _by_promise(
     bounds: dict[tuple[str, float, int], float] = {}
     rows: list[tuple[float, int, Choice, str | None]] = []
     for i, choice in enumerate(choices):
-        price = choice.machine.prices.usd_per_hour
+        price = choice.machine.prices.known
         if asked.usd_per_hour is not None and (price is None or price * choice.machine.gpus > asked.usd_per_hour):
             rows.append(
                 (
@@ -196,7 +196,7 @@ def _simulated(
     m = summary["metrics"]
     if not m or summary["status"] == "OOM":
         return None, f"{summary['status']}: {summary['status_reason']}"
-    price = choice.machine.prices.usd_per_hour
+    price = choice.machine.prices.known
     row = _named(choice) | {
         "status": summary["status"],
         "output_throughput": m["output_throughput"],

@@ -73,6 +73,8 @@ def test_money_excludes_with_a_reason():
     result = plan(MODEL, space([dear, unpriced], [32.0], ["all-resident"], [1]), Asked(4, 6, usd_per_hour=0.5))
     assert result["best"] is None and not result["candidates"]
     reasons = {row["machine"]: row["reason"] for row in result["excluded"]}
+    low = plan(MODEL, space([load_machine("l40s")], [32.0], ["all-resident"], [1]), Asked(4, 6, objective="cost"))
+    assert low["best"]["usd_per_hour"] == load_machine("l40s").prices.usd_per_hour_low
     assert "over the budget" in reasons["h100-sxm"] and "no price is known" in reasons["rtx-4090"]
 
 
