@@ -48,6 +48,9 @@ class Efficiencies:
     pageable: float
     nvme: float
     nvme_us: float
+    exchange: float
+    exchange_host: float
+    exchange_us: float
 
 
 RESOURCES = {  # whose terms err together
@@ -60,7 +63,7 @@ RESOURCES = {  # whose terms err together
         "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_gflops", "core_server",
         "numa_duplicated", "numa_split", "numa_cores",
     ),
-    "links": ("link", "copy_us", "duplex", "pageable", "nvme", "nvme_us"),
+    "links": ("link", "copy_us", "duplex", "pageable", "nvme", "nvme_us", "exchange", "exchange_host", "exchange_us"),
 }  # fmt: skip
 
 

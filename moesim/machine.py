@@ -16,6 +16,8 @@ from moesim.errors import MachineError, nearest
 from moesim.units import GIB, format_size
 
 PROVENANCE = "specification-sheet"
+MAX_GPUS = 1024
+_SEVERAL = re.compile(r"(\d+)x(?=[a-zA-Z])(.+)")
 PLATFORMS = ("desktop", "workstation", "server")  # how far a CPU's expert kernels get with its DRAM
 
 
@@ -125,9 +127,16 @@ class Machine:
 def load_machine(spec: str | Path) -> Machine:
     """A machine of the catalogue by name or alias, a YAML or JSON file that changes one, or a profile's machine.
 
+    `8xh200` is the host of that machine with eight of its GPUs.
+
     Raises MachineError for an unknown name, an unreadable file, or a value that cannot be.
     """
     text = str(spec)
+    if several := _SEVERAL.match(text):
+        gpus, one = int(several[1]), load_machine(several[2])
+        if not 1 <= gpus <= MAX_GPUS or one.gpus > 1 or one.unified:
+            raise MachineError(f"machine '{text}': write 1 to {MAX_GPUS} GPUs of a machine with one and a PCIe link")
+        return one if gpus == 1 else replace(one, name=f"{gpus}x{one.name}", gpus=gpus)
     if Path(text).suffix.lower() in (".yaml", ".yml", ".json"):
         from moesim.machine_file import read_machine
 

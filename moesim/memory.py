@@ -82,8 +82,11 @@ def plan_memory(
     all_resident: bool = False,
     cache: bool = True,
     scratch_experts: int = 0,
+    experts_held: int | None = None,
 ) -> Ledger:
     """Where every byte goes when one device of `machine` serves `model`.
+
+    experts_held: with all experts resident on several GPUs, how many of each layer this one holds; None: all.
 
     The expert cache gets `expert_memory` bytes, or `slots_per_layer` slots, or all that is left after `max_sequences`
     KV caches of `max_context` tokens. A plan that cannot fit has verdict OOM. Raises MemoryBudgetError where the
@@ -100,12 +103,13 @@ def plan_memory(
     left = machine.gpu.memory_bytes - sum(gpu.values()) - kv
     gpu["KV cache"] = kv
     if all_resident:
-        experts, per_layer = model.total_expert_bytes, model.experts
+        per_layer = model.experts if experts_held is None else experts_held
+        experts = -(-model.total_expert_bytes * per_layer // model.experts)
     elif cache:
         experts, per_layer = _expert_cache(model, machine, left, expert_memory, slots_per_layer)
     else:
         experts = per_layer = 0
-    gpu["all experts" if all_resident else "expert cache"] = experts
+    gpu[("all experts" if experts_held is None else "its experts") if all_resident else "expert cache"] = experts
     gpu["free"] = left - experts
     host = _host(model, machine, experts, all_resident)
     verdict, reason = _verdict(model, gpu, host, per_layer if cache and not all_resident else None)

@@ -161,6 +161,7 @@ CAUSES = {
     "nvme": "waiting for NVMe reads",
     "host": "waiting for CPU experts",
     "predict": "waiting for the predictor",
+    "exchange": "exchanging tokens between GPUs",
     "idle": "no request to serve",
 }
 

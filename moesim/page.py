@@ -20,11 +20,21 @@ def format_run(run: Run) -> str:
         f"at most {inputs['workload']['max_concurrency']} at once; costs: {inputs['costs']}"
         + (f"; {s['engine']['used']} engine" if m else ""),
     ]
+    if "devices" in s:
+        lines.append(_device_line(s["devices"]))
     if m:
         lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
     lines += ["", *_memory_lines(s["memory"])]
     lines += [f"note: {note}" for note in s["notes"]]
     return "\n".join(lines)
+
+
+def _device_line(d: dict[str, Any]) -> str:
+    placed = f", {d['placement']}, {d['experts_per_gpu']} a layer on each" if d["placement"] else ""
+    return (
+        f"{d['gpus']} GPUs: attention {d['attention']}-parallel, experts {d['experts']}-parallel{placed}; "
+        f"balancedness {d['balancedness']:.3f}, imbalance ratio {d['imbalance_ratio']:.3f}"
+    )
 
 
 def _speed_lines(s: dict[str, Any]) -> list[str]:

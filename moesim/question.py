@@ -12,6 +12,7 @@ from typing import Any
 from moesim import __version__, metrics
 from moesim.costs.fitted import Fitted, costs_of
 from moesim.costs.roofline import Roofline
+from moesim.costs.shard import shard
 from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
@@ -117,8 +118,7 @@ class Scene:
         self.machine: Machine = given if isinstance(given, Machine) else load_machine(given)
         self._costs: dict[str, Roofline] = {}
         self.workload = _workload(trace, question)
-        if question.workload:
-            self.trace, self.workload = unroll(trace, self.workload)
+        self._shared_rows = bool(question.workload)
         timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
         self.concurrency = question.max_concurrency or (len(self.workload.requests) if timed else 1)
         self.given = self.model, self.trace  # as they come, before any transform
@@ -127,16 +127,26 @@ class Scene:
     def under(self, system: System) -> Scene:
         """The scene after the system's transforms: what it serves, and all that it knows."""
         if not system.transforms:
-            return self
-        done = apply_all(system.transforms, *self.given, self.question.seed)
+            return self if system.all_resident else self.unrolled()
+        scene = self.unrolled()
+        done = apply_all(system.transforms, *scene.given, self.question.seed)
         together = min(self.concurrency, self.question.max_num_seqs, len(self.workload.requests))
         if done.sequences is not None and together > done.sequences:
             raise PolicyError(
                 f"{system.name} keeps merged experts for {done.sequences} sequences, but {together} are served at a "
                 "time; give it more sequences, or lower --max-concurrency"
             )
-        scene = copy.copy(self)
+        scene = copy.copy(scene)
         scene.model, scene.trace, scene.transformed = done.model, done.trace, done
+        return scene
+
+    def unrolled(self) -> Scene:
+        """The same scene with a row of the trace for every token served, as all but resident experts ask for."""
+        if not self._shared_rows:
+            return self
+        scene = copy.copy(self)
+        scene.trace, scene.workload = unroll(self.trace, self.workload)
+        scene.given, scene._shared_rows = (self.model, scene.trace), False
         return scene
 
     def untransformed(self) -> Scene:
@@ -160,7 +170,8 @@ class Scene:
         as many as do, since the engine admits requests by KV memory.
         """
         q = self.question
-        sequences = min(self.concurrency, q.max_num_seqs, len(self.workload.requests))
+        together = min(self.concurrency, len(self.workload.requests))
+        sequences = min(-(-together // self._apart(system)), q.max_num_seqs)
         ledger = self._ledger(system, sequences)
         while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
             sequences = -(-sequences // 2)
@@ -175,9 +186,20 @@ class Scene:
         return max(sequences, min(prompt + sequences, q.max_batch_tokens), alone)
 
     def _ledger(self, system: System, sequences: int) -> Ledger:
-        q, requests = self.question, self.workload.requests
+        """Of one GPU that serves so many sequences."""
+        q, requests, parallel, gpus = self.question, self.workload.requests, system.parallel, self.machine.gpus
+        model, held = self._served(system), None
+        if gpus > 1:
+            if not system.all_resident:
+                raise PolicyError(
+                    f"{system.name} on {self.machine.name}: an expert cache needs a machine with one GPU; several take "
+                    "all-resident or EPLB"
+                )
+            tensor = parallel.attention == "tensor"
+            model = shard(model, gpus, tensor, parallel.experts == "tensor")
+            held = model.experts if parallel.experts == "tensor" else parallel.slots(model.experts, gpus) // gpus
         return plan_memory(
-            self._served(system),
+            model,
             self.machine,
             expert_memory=None if system.all_resident or not system.cache else q.expert_memory,
             slots_per_layer=None if system.all_resident or not system.cache else q.slots_per_layer,
@@ -187,6 +209,7 @@ class Scene:
             all_resident=system.all_resident,
             cache=system.cache,
             scratch_experts=system.scratch_slots(self.trace.top_k, self.trace.info.experts),
+            experts_held=held,
         )
 
     def _served(self, system: System) -> Model:
@@ -206,6 +229,7 @@ class Scene:
         offloaded = not system.all_resident and system.misses.rule != "host"
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
+        apart = self._apart(system)
         own = q.expert_memory is not None or q.slots_per_layer is not None
         shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
         one_slot_each = sum(table.expert_bytes(layer) for layer in range(self.trace.layers))
@@ -215,16 +239,26 @@ class Scene:
             workload=self.workload,
             limits=Limits(
                 clients=self.concurrency,
-                sequences=q.max_num_seqs,
-                batch_tokens=q.max_batch_tokens,
+                sequences=q.max_num_seqs * apart,
+                batch_tokens=q.max_batch_tokens * apart,
                 chunk=q.chunk,
-                kv_bytes=shared - one_slot_each if shared else ledger.kv_bytes,
+                kv_bytes=shared - one_slot_each if shared else self._kv_bytes(system, ledger) * apart,
             ),
             expert_bytes=ledger.expert_bytes,
             shared_bytes=shared,
             host_bytes=ledger.host_expert_bytes,
             seed=q.seed,
+            gpus=self.machine.gpus,
         )
+
+    def _apart(self, system: System) -> int:
+        """GPUs that have sequences of their own; each has the limits that one server has."""
+        return self.machine.gpus if system.parallel.attention == "data" else 1
+
+    def _kv_bytes(self, system: System, ledger: Ledger) -> int:
+        """For KV caches of one GPU."""
+        free = ledger.gpu["free"] if system.all_resident else 0
+        return ledger.kv_bytes + max(free, 0)
 
 
 def _workload(trace: Trace, q: Question) -> Workload:
@@ -317,7 +351,7 @@ def compose(policy: str | System, settings: list[str] | tuple[str, ...] = ()) ->
 
 def predict(trace: Trace, system: System, question: Question) -> tuple[Beliefs, ...]:
     """What `system` believes of `trace` under `question`; machine, memory and concurrency have no part in it."""
-    model, trace = Scene(trace, question).given
+    model, trace = Scene(trace, question).unrolled().given
     if system.transforms:
         trace = apply_all(system.transforms, model, trace, question.seed).trace
     return system.predictor.predict(trace, question.seed)
@@ -355,7 +389,7 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
         "status": status,
         "status_reason": reason,
         "inputs": _inputs(scene, system),
-        "engine": dict(zip(("used", "because"), choose_engine(scene.question.engine, system), strict=True)),
+        "engine": dict(zip(("used", "because"), _engine(scene, system), strict=True)),
         "metrics": numbers,
         "routing_fidelity": metrics.routing_fidelity(
             scene.given[1], scene.trace, scene.workload, outcome.counts, altered
@@ -364,7 +398,15 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
         "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
+    if outcome.devices:
+        summary["devices"] = outcome.devices
     return summary
+
+
+def _engine(scene: Scene, system: System) -> tuple[str, str]:
+    if scene.machine.gpus > 1:
+        return "cluster", "several GPUs in step: nothing can happen between their exchanges"
+    return choose_engine(scene.question.engine, system)
 
 
 def _beyond(scene: Scene) -> tuple[list[str], list[str]]:
@@ -496,7 +538,7 @@ def _anchors(
     found: dict[str, Any] = {}
     with progress("anchors and error bar", len(ANCHORS) + 3, shown) as advance:
         for name, anchor in ANCHORS.items():
-            found[name] = _anchor(sample.untransformed(), anchor)
+            found[name] = _anchor(sample.untransformed().unrolled(), anchor)
             advance()
         band = {}
         for scale in ("low", "high"):
@@ -563,7 +605,7 @@ def _anchor(scene: Scene, name: str) -> dict[str, Any]:
         if not system.all_resident and not _runs(system, ledger):
             return {"error": f"{ledger.verdict}: {ledger.reason}"}
         return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": ledger.verdict != "OOM"}
-    except MemoryBudgetError as error:
+    except (MemoryBudgetError, PolicyError) as error:
         return {"error": str(error)}
 
 

@@ -17,7 +17,7 @@ KERNEL = ("start", "end", "layer", "what")
 
 LINKS = ("h2d", "d2h", "nvme", "host")
 KINDS = ("demand", "prefetch", "late", "plan", "write-back", "compute")
-KERNELS = ("mixer", "resident experts", "arrived expert", "step")
+KERNELS = ("mixer", "resident experts", "arrived expert", "step", "exchange")
 
 
 class Table:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moesim.profile import Profile
 
 _SLOWED = 1.1  # times as long beside others as alone: below it measurements cannot tell
+_ALL_TO_ALL = ("dispatch", "combine")  # of tokens to the GPUs that hold their experts, and back
 PREFERRED = "vllm"  # engine whose kernels are taken where a profile holds those of several
 
 
@@ -171,20 +172,26 @@ class Fitted(Roofline):
 
     # Between devices
 
-    def exchange(self, what: str, nbytes: float, devices: int) -> float | None:
-        """Seconds of a collective `what` (all_to_all, all_reduce, all_gather, reduce_scatter) of `nbytes` per device.
+    def exchange(self, what: str, nbytes: float, devices: int) -> float:
+        """As the roofline's. `dispatch` and `combine` are DeepEP's all_to_all, or any where that was not measured.
 
-        nbytes is what each device holds before it. A number of devices that was not measured counts as the next larger
-        one that was; None where there is none, or no such collective. NCCL's curve goes before others'.
+        A number of devices that was not measured counts as the next larger one that was. Of NCCL's and the preferred
+        engine's kernels the quickest, as engines choose by size.
         """
-        curves = [c for c in self._curves.get("collective", []) if c.variant[0] == what and c.variant[1] >= devices]
         if devices < 2 or not nbytes:
             return 0.0
+        measured = self._curves.get("collective", [])
+        own = [
+            c for c in measured
+            if c.variant[2] == f"deepep {what}" and c.variant[1] == devices and nbytes <= c.range["nbytes"][1]
+        ]  # fmt: skip
+        what = "all_to_all" if what in _ALL_TO_ALL else what
+        curves = own or [c for c in measured if c.variant[0] == what and c.variant[1] >= devices and _engines(c)]
         if not curves:
-            return None
+            self.assumed.add(f"{what.replace('_', '-')} between {devices} GPUs")
+            return super().exchange(what, nbytes, devices)
         fewest = min(curve.variant[1] for curve in curves)
-        curves = [curve for curve in curves if curve.variant[1] == fewest]
-        return self._ask(sorted(curves, key=lambda c: c.variant[2] != "NCCL"), nbytes=nbytes)
+        return min(self._ask([curve], nbytes=nbytes) for curve in curves if curve.variant[1] == fewest)
 
     # Choosing and asking
 
@@ -255,6 +262,12 @@ class Fitted(Roofline):
         curve = curves[0]
         self.extrapolated.add(curve.name)
         return curve.ask(**features)[0]
+
+
+def _engines(curve: Curve) -> bool:
+    """Whether a serving engine that launches graphs uses this collective kernel."""
+    kernel = str(curve.variant[2]).lower()
+    return kernel == "nccl" or (kernel.startswith(PREFERRED) and not kernel.endswith("eager"))
 
 
 def _measured_beside(curve: Curve) -> set[str]:

@@ -44,6 +44,11 @@ class LayerCosts:
         """The kind of each MoE layer: layers of one kind cost the same."""
         return self._pattern
 
+    @property
+    def partial_sums(self) -> list[int]:
+        """By MoE layer: mixers and dense FFNs it answers for."""
+        return [sum(self._kinds[kind]) for kind in self._pattern]
+
     def costs_ns(self, prefill: Prefill, decode_context: Sequence[int]) -> list[int]:
         """Per MoE layer, in whole nanoseconds; each includes the dense layers before it, the last those after it."""
         by_kind = self.kinds_ns(prefill, decode_context)

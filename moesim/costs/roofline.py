@@ -153,6 +153,21 @@ class Roofline:
             raise MachineError(f"machine '{self.machine.name}' has no NVMe drive to read experts from; set nvme.gbps")
         return self._read_s + nbytes / (self.read_gbps * 1e9)
 
+    # Between GPUs
+
+    def exchange(self, what: str, nbytes: float, devices: int) -> float:
+        """A collective of `devices` GPUs in a buffer of `nbytes` on each: what all_reduce adds up, all_to_all sends,
+        all_gather has in the end and reduce_scatter in the beginning.
+
+        Rings and direct exchanges move the same share of it over each GPU's link (nccl-tests, PERFORMANCE.md).
+        """
+        if devices < 2 or not nbytes:
+            return 0.0
+        e, gpu = self.terms, self.machine.gpu
+        moved = (2 if what == "all_reduce" else 1) * (devices - 1) / devices * nbytes
+        gbps = gpu.nvlink_gbps * e.exchange if gpu.nvlink_gbps else self.copy_gbps * e.exchange_host
+        return e.exchange_us * 1e-6 + moved / (gbps * 1e9)
+
     # The ceiling
 
     def ceiling(self, nbytes: float, flops: float) -> float:

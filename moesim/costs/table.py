@@ -89,6 +89,12 @@ class CostTable:
         """The kind of each MoE layer in `kinds_ns` and `passes_ns`."""
         return self._layers.pattern
 
+    @property
+    def partial_sums(self) -> list[int]:
+        """Of each MoE layer and the dense ones charged to it: sums that GPUs which share its parts must add up before
+        its routed experts, one per mixer and one per dense FFN."""
+        return self._layers.partial_sums
+
     def kinds_ns(self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int]) -> list[int]:
         """`layers_ns` by kind of layer."""
         return self._layers.kinds_ns(prefill, decode_context)

@@ -31,7 +31,7 @@ class Batch:
     tail: the rows after the last pass, for beliefs that reach across tokens.
     prefill: (new tokens, tokens already cached) of each chunk, in a single pass; contexts: tokens cached of each
     decoding sequence before the first pass. kv_bytes: of all caches, in each pass.
-    until: no pass but the first starts at or after this time.
+    until: no pass but the first starts at or after this time. members: the requests' numbers, decoding ones first.
     """
 
     rows: NDArray[np.int64]
@@ -41,6 +41,7 @@ class Batch:
     contexts: list[int]
     kv_bytes: NDArray[np.int64]
     until: int = NO_LIMIT
+    members: Sequence[int] = ()
 
     @property
     def passes(self) -> int:

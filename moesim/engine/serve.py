@@ -43,10 +43,10 @@ class Limits:
 class Sequence:
     """A request in service."""
 
-    __slots__ = ("admitted", "decoded", "first", "last", "prefilled", "request", "sent")
+    __slots__ = ("admitted", "decoded", "first", "last", "number", "prefilled", "request", "sent")
 
-    def __init__(self, request: Request, sent: int, now: int) -> None:
-        self.request, self.sent, self.admitted = request, sent, now
+    def __init__(self, request: Request, number: int, sent: int, now: int) -> None:
+        self.request, self.number, self.sent, self.admitted = request, number, sent, now
         self.prefilled = self.decoded = 0
         self.first = self.last = -1
 
@@ -143,7 +143,7 @@ class Server:
                 return
             del self._waiting[choice]
             self._kv_promised += self._kv(request)
-            self._running.append(Sequence(request, sent, now))
+            self._running.append(Sequence(request, self._index[id(request)], sent, now))
             self._on_admit(request, [s.request for s in self._running])
 
     def _step(self) -> Generator[simpy.Event, Any, None]:
@@ -193,6 +193,7 @@ class Server:
             contexts=[s.context for s in decoding],
             kv_bytes=self._kv_bytes(decoding, {id(s): n for s, n in chunks}, passes),
             until=self._next_arrival() if passes > 1 else NO_LIMIT,
+            members=[s.number for s in decoding] + [s.number for s, _ in chunks],
         )
 
     def _steady_passes(self, decoding: list[Sequence]) -> int:
@@ -264,7 +265,7 @@ class Server:
         self._kv_promised -= self._kv(r)
         if len(self._waiting) + len(self._running) == self._limits.clients - 1:
             self._client_free = s.last
-        row = (self._index[id(r)], r.arrival_ns, s.sent, s.admitted, s.first, s.last, r.prompt_tokens, r.output_tokens)
+        row = (s.number, r.arrival_ns, s.sent, s.admitted, s.first, s.last, r.prompt_tokens, r.output_tokens)
         self._records.requests.add(row)
 
 

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from moesim.engine.batch import Batch, Standstill
 from moesim.engine.clock import Clock
+from moesim.engine.cluster import Cluster
 from moesim.engine.events import Device, Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.own import OwnScheduling, own_predict, own_split, own_start
 from moesim.engine.residency import NEVER, Counts, Slots
 from moesim.engine.serve import Limits, Server
 from moesim.errors import MemoryBudgetError, PolicyError, nearest
-from moesim.policies import FCFS, GreedySLO, split_by_layer
+from moesim.policies import FCFS, GreedySLO, Scheduling, split_by_layer
 from moesim.policies.own import is_own
 from moesim.prediction import Beliefs, History
 from moesim.records import Records
@@ -52,6 +53,7 @@ class Setting:
     shared_bytes: int
     host_bytes: int
     seed: int
+    gpus: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,7 @@ class Outcome:
     link_bytes: dict[str, int]
     peak_resident_bytes: int
     engine: str = "events"
+    devices: dict[str, Any] | None = None  # how several GPUs shared the work, and how evenly
 
 
 def simulate(
@@ -80,6 +83,8 @@ def simulate(
 
     engine: `auto` is compiled wherever every choice is declarative; PolicyError where `compiled` cannot be.
     """
+    if setting.gpus > 1:
+        return _simulate_cluster(setting, system, detail, on_tokens)
     system = system.fresh()
     engine, _ = choose_engine(engine, system)
     env = Clock()
@@ -102,14 +107,10 @@ def simulate(
     device = _device(engine, env, setting, system, slots, knowledge, records, tier, slots_of)
     _place(device, system, popularity, trace)
     planner = _Planner(setting, system, device)
-    scheduling = system.scheduling
-    if isinstance(scheduling, GreedySLO):
-        scheduling = replace(scheduling, token_ns=sum(table.layers_ns([], [1])) + table.step_ns(1, 1))
-    if is_own(scheduling):
-        scheduling = OwnScheduling(scheduling)
     server = Server(
-        env, device, table.model, setting.workload, scheduling, limits, records, planner.admitted, on_tokens
-    )
+        env, device, table.model, setting.workload, _scheduling(system, table), limits, records, planner.admitted,
+        on_tokens,
+    )  # fmt: skip
     with _no_garbage_collection():
         done = env.process(server.run())
         try:
@@ -132,6 +133,39 @@ def simulate(
         peak_resident_bytes=device.peak_resident_bytes,
         engine=engine,
     )
+
+
+def _simulate_cluster(setting: Setting, system: System, detail: bool, on_tokens: Callable[[int], None]) -> Outcome:
+    """Several GPUs with every expert resident: between exchanges nothing can happen, so a pass is one event."""
+    system = system.fresh()
+    env, records, trace = Clock(), Records(detail), setting.trace
+    cluster = Cluster(env, trace, setting.table, system, setting.gpus, calibration_popularity(trace), records)
+    scheduling = _scheduling(system, setting.table)
+    server = Server(
+        env, cluster, cluster.model, setting.workload, scheduling, setting.limits, records, on_tokens=on_tokens
+    )
+    with _no_garbage_collection():
+        env.run(env.process(server.run()))
+    spent = cluster.counts.spent
+    gpu = spent["mixer"] + spent["experts"] + spent["step"]
+    return Outcome(
+        records=records,
+        counts=cluster.counts,
+        elapsed_ns=int(env.now),
+        idle_ns=server.idle_ns,
+        busy_ns={"gpu": gpu, "exchange": spent["exchange"]},
+        link_bytes={"h2d": 0, "d2h": 0, "nvme": 0},
+        peak_resident_bytes=setting.expert_bytes,
+        engine="cluster",
+        devices=cluster.summary(),
+    )
+
+
+def _scheduling(system: System, table: CostTable) -> Scheduling:
+    scheduling = system.scheduling
+    if isinstance(scheduling, GreedySLO):
+        scheduling = replace(scheduling, token_ns=sum(table.layers_ns([], [1])) + table.step_ns(1, 1))
+    return OwnScheduling(scheduling) if is_own(scheduling) else scheduling
 
 
 ENGINES = ("auto", "events", "compiled")
@@ -339,10 +373,11 @@ def next_uses(setting: Setting) -> NDArray[np.int32]:
 
 
 class _Ideal:
-    """A device whose steps take what physics asks: all experts resident, nominal rates, nothing else."""
+    """A device whose steps take what physics asks: all experts resident, nominal rates, nothing else; several GPUs
+    share all bytes and operations evenly."""
 
     def __init__(self, env: Clock, setting: Setting) -> None:
-        self._env, self._trace, self._table = env, setting.trace, setting.table
+        self._env, self._trace, self._table, self._gpus = env, setting.trace, setting.table, setting.gpus
 
     def steps(self, batch: Batch) -> Generator[simpy.Event, Any, list[int]]:
         ends: list[int] = []
@@ -351,7 +386,8 @@ class _Ideal:
                 break
             chosen = self._trace.experts[batch.rows_of(i)]
             active = [len(np.unique(layer[layer >= 0])) for layer in chosen.transpose(1, 0, 2)]
-            yield self._env.timeout(self._table.ceiling_step_ns(batch.prefill, batch.contexts_of(i), active))
+            alone = self._table.ceiling_step_ns(batch.prefill, batch.contexts_of(i), active)
+            yield self._env.timeout(alone // self._gpus)
             ends.append(self._env.now)
         return ends
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesim.policies import BELADY, FIFO, HOT, LFU, LRU, RANDOM, Eviction, Misses, Placement, Transfer
+from moesim.policies import BELADY, FIFO, HOT, LFU, LRU, RANDOM, Eviction, Misses, Parallel, Placement, Transfer
 from moesim.prediction import NoPrediction, Oracle
 from moesim.systems.system import System
 
@@ -62,14 +62,18 @@ def belady_window(window: int = 16, scope: str = "layer") -> System:
     return System("Belady-window", eviction=Eviction(BELADY.score, scope, window=window))
 
 
-def eplb() -> System:
-    """DeepSeek's expert load balancer: every expert resident, popular ones twice, spread over several GPUs."""
+def eplb(redundant: int | None = None, interval: int = 0) -> System:
+    """DeepSeek's expert load balancer: every expert resident, loaded ones more than once, GPUs equally loaded.
+
+    redundant: replicas per layer beyond one of each expert; None: an eighth of the experts. interval: passes after
+    which experts are placed anew; 0: once, by the loads of the first tenth of the requests.
+    """
     return System(
         "EPLB",
         all_resident=True,
         placement=Placement("all", pinned=True),
+        parallel=Parallel("data", "expert", "balanced", redundant, interval),
         source="github.com/deepseek-ai/EPLB",
-        notes=("EPLB places replicas on several GPUs; on one there is nothing to balance: this is all-resident",),
     )
 
 

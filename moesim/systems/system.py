@@ -19,6 +19,7 @@ from moesim.policies import (
     Even,
     Eviction,
     Misses,
+    Parallel,
     Placement,
     Prefetch,
     Refresh,
@@ -54,6 +55,7 @@ class System:
     prefetch: Prefetch = field(default_factory=Prefetch)
     placement: Placement = field(default_factory=Placement)
     transfer: Transfer = field(default_factory=Transfer)
+    parallel: Parallel = field(default_factory=Parallel)
     scheduling: Scheduling = field(default_factory=FCFS)
     refresh: Refresh | None = None
     cache: bool = True

@@ -169,7 +169,10 @@ def test_exchanges_between_devices() -> None:
     ]  # fmt: skip
     costs = fitted(rows)
     assert costs.exchange("all_reduce", 1 << 20, 4) == pytest.approx(2 * (1e-5 + (1 << 20) / 1e11), rel=0.02)
-    assert costs.exchange("all_reduce", 1 << 20, 16) is None and costs.exchange("all_to_all", 1 << 20, 2) is None
+    sheet = Roofline(costs.machine)
+    assert costs.exchange("all_reduce", 1 << 20, 16) == sheet.exchange("all_reduce", 1 << 20, 16)
+    assert costs.exchange("dispatch", 1 << 20, 2) == sheet.exchange("all_to_all", 1 << 20, 2)
+    assert {"all-reduce between 16 GPUs", "all-to-all between 2 GPUs"} <= costs.assumed
     assert costs.exchange("all_reduce", 1 << 20, 1) == 0
 
 

@@ -67,10 +67,9 @@ def _exchange(what: str, held: list[Any]) -> Callable[[], Any]:
         return lambda: held[1].copy_(held[0], non_blocking=True)
     if what == "all_reduce":
         return lambda: nccl.all_reduce(held)
-    if what == "all_gather":
-        gathered = [x.new_empty(count * x.numel()) for x in held]
-        return lambda: nccl.all_gather(held, gathered)
     parts = [x.new_empty(x.numel() // count) for x in held]
+    if what == "all_gather":
+        return lambda: nccl.all_gather(parts, held)
     return lambda: nccl.reduce_scatter(held, parts)
 
 
