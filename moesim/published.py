@@ -11,7 +11,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moesim.errors import MoesimError, ValidationError, nearest
@@ -34,6 +36,8 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {  # by name, from the m
 TRUST = ("high", "medium", "low")
 TOLERANCE = {"decode_tok_s": 0.20, "tpot_ms": 0.20, "prefill_tok_s": 0.25, "ttft_s": 0.25, "throughput_tok_s": 0.20}
 HIT_RATE_POINTS = 0.05
+BAND_TOKENS = 32  # output tokens of each request, of many, from which a band is taken
+PIECES = (2048, 8, 8)  # requests, prompt and output tokens that the routing of many requests is joined from
 MAX_CASES, MAX_BYTES = 10_000, 1 << 24
 
 
@@ -57,6 +61,7 @@ class Case:
     value: float
     trust: str
     assumed: str  # what the source does not state
+    waves: int = 1  # requests sent for each that is served at once
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -114,7 +119,7 @@ def _case(row: dict[str, str]) -> Case:
         _model(model_name, model_changes), _machine(machine_name, machine_changes),
         system, tuple(f"{key}={value}" for key, value in chosen.items()), int(slots) if slots else None, memory,
         _whole(row, "prompt", 0), _whole(row, "output", 1), _whole(row, "concurrency", 1), metric, value, trust,
-        row["assumed"],
+        row["assumed"], 1 if metric == "throughput_tok_s" else 2,
     )  # fmt: skip
 
 
@@ -163,7 +168,27 @@ def _machine(name: str, changes: dict[str, str]) -> Machine:
 
 def predict(case: Case) -> dict[str, Any]:
     """`predicted`, `low` and `high` (P10 and P90), `status` and `bottleneck`; an error is a result too."""
-    from moesim.question import Question, predict_band
+    setup = replace(case, id="", group="", source="", metric="", value=1.0, trust="", assumed="")
+    try:
+        status, numbers, varied, bottleneck = _predicted(setup)
+    except MoesimError as error:
+        return {"status": "ERROR", "reason": str(error)}
+    if not numbers:
+        return {"status": status, "reason": bottleneck}
+    value, (base, *ends) = METRICS[case.metric](numbers), (METRICS[case.metric](found) for found in varied)
+    low, high = (value * end / base for end in band(base, ends))
+    return {"status": status, "predicted": value, "low": low, "high": high, "bottleneck": bottleneck}
+
+
+@lru_cache(maxsize=64)  # one set-up may have several values
+def _predicted(case: Case) -> tuple[str, dict[str, Any], list[dict[str, Any]], str]:
+    """Status, metrics, the metrics its band is taken from (`predict_band`), and what limits it.
+
+    Many requests: twice as many as are served at once, each sent when another ends, but for throughput, where all are
+    there from the beginning. Their band is that of the first BAND_TOKENS output tokens.
+    """
+    from moesim.question import Question, predict_band, run
+    from moesim.systems import load_system
     from moesim.units import parse_size
 
     question = Question(
@@ -172,16 +197,23 @@ def predict(case: Case) -> dict[str, Any]:
         slots_per_layer=case.slots_per_layer,
         expert_memory=parse_size(case.expert_memory) if case.expert_memory else None,
         max_concurrency=case.concurrency,
+        max_num_seqs=max(case.concurrency, 256),
     )
-    try:
-        status, numbers, bottleneck = predict_band(_routing(case), case.system, question, case.settings)
-    except MoesimError as error:
-        return {"status": "ERROR", "reason": str(error)}
-    if not numbers:
-        return {"status": status, "reason": bottleneck}
-    value, *ends = (METRICS[case.metric](found) for found in numbers)
-    low, high = band(value, ends)
-    return {"status": status, "predicted": value, "low": low, "high": high, "bottleneck": bottleneck}
+    routing = _routing(case)
+    if case.concurrency == 1 or not load_system(case.system).all_resident:
+        status, numbers, bottleneck = predict_band(routing, case.system, question, case.settings)
+        return status, numbers[0] if numbers else {}, numbers, bottleneck
+    with TemporaryDirectory() as folder:
+        whole, short = Path(folder, "whole.csv"), Path(folder, "short.csv")
+        for file, output in ((whole, case.output), (short, min(case.output, BAND_TOKENS))):
+            row = f"0,{case.prompt},{output}\n"
+            file.write_text("arrival_s,prompt_tokens,output_tokens\n" + row * (case.concurrency * case.waves))
+        asked = replace(question, workload=whole)
+        summary = run(routing, case.system, asked, case.settings, anchors=False, shown=False).summary
+        if not summary["metrics"]:
+            return summary["status"], {}, [], summary["status_reason"]
+        _, varied, _ = predict_band(routing, case.system, replace(question, workload=short), case.settings)
+    return summary["status"], summary["metrics"], varied, summary["bottleneck"]["explanation"]
 
 
 def band(value: float, ends: Sequence[float]) -> tuple[float, float]:
@@ -192,12 +224,17 @@ def band(value: float, ends: Sequence[float]) -> tuple[float, float]:
 
 
 def _routing(case: Case) -> Any:
-    """Drawn routing: with the locality of recorded traces where a cache makes use of it."""
+    """Drawn routing: with the locality of recorded traces where a cache makes use of it.
+
+    For many requests pieces that theirs are joined from, since any token's routing is as good as another's.
+    """
     from moesim.question import compose
     from moesim.trace.assumed import distinct_routing, local_routing
 
     system = compose(case.system, case.settings)
     cached = system.cache and not system.all_resident and system.misses.keep
+    if case.concurrency > 1 and system.all_resident:
+        return distinct_routing(case.model, *PIECES)
     return (local_routing if cached else distinct_routing)(case.model, case.concurrency, case.prompt, case.output)
 
 

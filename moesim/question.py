@@ -537,8 +537,8 @@ def _anchors(
     base = numbers if whole else _numbers(_simulate(sample, system, ledger, beliefs=beliefs))
     found: dict[str, Any] = {}
     with progress("anchors and error bar", len(ANCHORS) + 3, shown) as advance:
-        for name, anchor in ANCHORS.items():
-            found[name] = _anchor(sample.untransformed().unrolled(), anchor)
+        for name, policy in ANCHORS.items():
+            found[name] = anchor(sample, policy)
             advance()
         band = {}
         for scale in ("low", "high"):
@@ -598,7 +598,9 @@ def on_sample(
     return _numbers(outcome) | {"requests": requests, "critical_path": limits["critical_path"]}
 
 
-def _anchor(scene: Scene, name: str) -> dict[str, Any]:
+def anchor(scene: Scene, name: str) -> dict[str, Any]:
+    """What the system `name` makes of the scene as it comes; all experts resident also where they do not fit."""
+    scene = scene.untransformed().unrolled()
     system = load_system(name)
     try:
         ledger = scene.ledger(system)

@@ -16,8 +16,9 @@ UNMET = 3
 def plan(
     model: Annotated[str, typer.Option("--model", "-m", help="Model name, config.json or .gguf.")],
     machine: Annotated[
-        str, typer.Option("--machine", help="Machines or YAML files, separated by commas.")
-    ] = "rtx-4090",
+        str | None,
+        typer.Option("--machine", help="Machines or YAML files, separated by commas; default: rtx-4090."),
+    ] = None,
     bits: Annotated[str, typer.Option("--bits", help="Bits per weight to consider, scales included.")] = "16,8.5,4.85",
     policies: Annotated[
         str, typer.Option("--policies", help="Systems to consider; default: those one can download.")
@@ -29,7 +30,10 @@ def plan(
         list[str] | None, typer.Option("--goodput", help="An SLO in ms to keep, such as tpot:50.")
     ] = None,
     objective: Annotated[str, typer.Option("--objective", help="throughput, latency or cost.")] = "throughput",
-    budget: Annotated[float | None, typer.Option("--budget", help="At most so many $ per hour.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="At most so many $ per hour; without --machine, all that are rented for less."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
@@ -38,7 +42,6 @@ def plan(
 
     Exits 3 where nothing keeps the SLOs.
     """
-    from moesim.machine import load_machine
     from moesim.model import load_model
     from moesim.plan import search
     from moesim.question import parse_slo
@@ -48,7 +51,7 @@ def plan(
     chosen = split_specs(policies) if policies else list(search.POLICIES)
     names = [load_system(policy).name and policy for policy in chosen]
     choices = search.space(
-        [load_machine(name.strip()) for name in machine.split(",")], _numbers("--bits", bits, float), names,
+        _machines(machine, budget), _numbers("--bits", bits, float), names,
         _numbers("--max-concurrency", concurrency, int),
     )  # fmt: skip
     asked = search.Asked(
@@ -59,6 +62,20 @@ def plan(
     emit(result, _page(result), as_json, output)
     if result["best"] is None:
         raise typer.Exit(UNMET)
+
+
+def _machines(names: str | None, budget: float | None) -> list[Any]:
+    """Those named; without a name those of the catalogue with one GPU that are rented for at most `budget` per hour."""
+    from moesim.machine import catalogue, load_machine
+
+    if names is None and budget is not None:
+        prices = {name: known.prices.known for name, known in catalogue().items()}
+        within = [name for name, price in prices.items() if price is not None and price <= budget]
+        if not within:
+            cheapest = min((price, name) for name, price in prices.items() if price is not None)
+            raise WorkloadError(f"--budget {budget:g}: no machine costs less than $ {cheapest[0]:g} ({cheapest[1]})")
+        return [load_machine(name) for name in within]
+    return [load_machine(name.strip()) for name in (names or "rtx-4090").split(",")]
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:
@@ -85,17 +102,24 @@ def _page(result: dict[str, Any]) -> str:
         lines += [
             f"best: {_named(best)}: {best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g})",
             f"  limited by {best['limited_by']}; anchors, tok/s: {anchors}; ceiling {best['ceiling']:.4g}",
-            f"  {best['flags']}",
+            *(f"  {engine}: {line}" for engine, line in best["flags"].items()),
         ]
+        if ahead := best["ahead"]:
+            low, high = ahead["p10_p90"]
+            times = f"{ahead['ratio']:.3g} times as good as {_named(ahead['of'])}"
+            sure = "" if ahead["sure"] else ": the difference does not exceed the uncertainty of the costs"
+            lines.append(f"  {times} (P10 to P90: {low:.3g} to {high:.3g}){sure}")
     header = f"{'tok/s':>9}{'TTFT ms':>10}{'TPOT ms':>10}{'$/Mtok':>9}  SLOs"
-    lines += ["", f"{'way':60}{header}"]
+    width = max([len(_named(row)) for row in result["candidates"]], default=0) + 2
+    lines += ["", f"{'  way':{width}}{header}"]
     for row in result["candidates"]:
         price = row["usd_per_million_output_tokens"]
         cost = "-" if price is None else f"{price:.3g}"
         tpot = "-" if row["mean_tpot_ms"] is None else f"{row['mean_tpot_ms']:.4g}"
         mark = "*" if {n: row[n] for n in ("machine", "bits", "policy", "concurrency")} in result["pareto"] else " "
+        name = f"{mark} {_named(row)}"
         lines.append(
-            f"{mark} {_named(row):58}{row['output_throughput']:>9.4g}{row['mean_ttft_ms']:>10.4g}{tpot:>10}{cost:>9}  "
+            f"{name:{width}}{row['output_throughput']:>9.4g}{row['mean_ttft_ms']:>10.4g}{tpot:>10}{cost:>9}  "
             + ("kept" if row["keeps_slos"] else f"kept by {row['slo_attainment']:.0%}")
         )
     lines += ["* no other is better in throughput, TPOT and price at once"]

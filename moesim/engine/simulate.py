@@ -395,10 +395,10 @@ class _Ideal:
         yield self._env.timeout(gap)
 
 
-def ceiling(setting: Setting) -> Records:
-    """The same workload at the physical ceiling of the GPU."""
+def ceiling(setting: Setting, bounded: bool = False) -> Records:
+    """The same workload at the physical ceiling of the GPU, and with no bound on KV caches unless `bounded`."""
     env, records = Clock(), Records(False)
-    limits = replace(setting.limits, kv_bytes=1 << 62)
+    limits = setting.limits if bounded else replace(setting.limits, kv_bytes=1 << 62)
     server = Server(env, _Ideal(env, setting), setting.table.model, setting.workload, FCFS(), limits, records)
     env.run(env.process(server.run()))
     return records

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from moesim.engine.simulate import ceiling
 from moesim.errors import MoesimError, WorkloadError, nearest
 from moesim.machine import Machine
-from moesim.metrics import throughput_metrics
+from moesim.metrics import latency_metrics, throughput_metrics
 from moesim.model import Model
-from moesim.question import Question, Scene, predict_band, run
-from moesim.systems import load_system
+from moesim.policies import FCFS
+from moesim.published import band
+from moesim.question import ANCHORS, Question, Scene, anchor, predict_band, run
+from moesim.systems import System, load_system
 from moesim.trace import Trace
 from moesim.trace.assumed import distinct_routing, local_routing
 
-# Systems that leave the model's outputs as they are and that one can download and run.
-POLICIES = ("all-resident", "llama.cpp", "KTransformers", "LRU", "Fiddler")
+# Systems that leave the model's outputs as they are and whose code is public. As many experts on the GPU as fit.
+POLICIES = ("all-resident", "llama.cpp", "KTransformers", "KTransformers(gpu_experts=1024)", "LRU", "Fiddler")
 OBJECTIVES = {"throughput": True, "latency": False, "cost": False}  # whether more is better
 ATTAINED = 0.9  # share of requests that must keep the SLOs
 
@@ -61,18 +65,18 @@ def plan(
 ) -> dict[str, Any]:
     """`candidates` (simulated, best first), `best`, `pareto` and `excluded` with reasons.
 
-    Those that may be fastest are simulated first. One is left out where even all experts resident, at nominal bandwidth
-    and peak rates and with no overheads, would not reach the best found so far; `prune=False` simulates them all.
+    Those that may be fastest are simulated first. One is left out where even its own batches with all experts resident,
+    at nominal bandwidth and peak rates and with no overheads, are beaten by one already found in throughput, TPOT and
+    price: then neither the best nor the Pareto front can have it. `prune=False` simulates them all.
     """
     choices = _different(model, choices)
     traces: dict[tuple[bool, int], Trace] = {}
     found: list[dict[str, Any]] = []
     excluded: list[dict[str, Any]] = []
     for bound, choice, out in _by_promise(model, choices, asked, traces):
-        reason = out
-        if reason is None and prune and found and bound < _best_so_far(found, asked):
-            reason = f"cannot win: {bound:.4g} tok/s even at the physical ceiling"
-        row = None
+        row, reason = None, out
+        if reason is None and prune:
+            reason = _beaten(bound, choice, found)
         if reason is None:
             row, reason = _simulated(model, choice, asked, traces)
         if row is not None:
@@ -82,8 +86,16 @@ def plan(
         advance()
     found.sort(key=lambda row: _rank(row, asked))
     best = found[0] if found and found[0]["keeps_slos"] else None
+    front = _pareto(found)
+    second = next((row for row in found if best and row["keeps_slos"] and _rank(row, asked) > _rank(best, asked)), None)
+    choice_of = {tuple(_named(choice).values()): choice for choice in choices}
+    ends: dict[int, list[dict[str, Any]]] = {}
+    for row in [*front, *(row for row in (best, second) if row is not None and row not in front)]:
+        choice = choice_of[tuple(_name_of(row).values())]
+        ends[id(row)] = _sure(row, model, choice, asked, traces)
     if best is not None:
-        best |= _explained(model, next(c for c in choices if _named(c) == _name_of(best)), asked, traces)
+        best |= _explained(model, choice_of[tuple(_name_of(best).values())], asked, traces)
+        best["ahead"] = second and _ahead(best, second, ends, asked)
     return {
         "model": model.name,
         "objective": asked.objective,
@@ -91,7 +103,7 @@ def plan(
         "slos_ms": dict(asked.goodput),
         "best": best,
         "candidates": found,
-        "pareto": [_name_of(row) for row in _pareto(found)],
+        "pareto": [_name_of(row) for row in front],
         "excluded": excluded,
     }
 
@@ -100,6 +112,12 @@ def space(
     machines: Sequence[Machine], bits: Sequence[float], policies: Sequence[str], concurrency: Sequence[int]
 ) -> list[Choice]:
     return [Choice(*values) for values in product(machines, bits, policies, concurrency)]
+
+
+def _price(machine: Machine) -> float | None:
+    """$ per hour of all its GPUs."""
+    known = machine.prices.known
+    return None if known is None else known * machine.gpus
 
 
 def _different(model: Model, choices: Sequence[Choice]) -> list[Choice]:
@@ -142,47 +160,79 @@ def _stored(model: Model, choice: Choice) -> Model:
     return model.with_precision(expert_bits=choice.bits, weight_bits=choice.bits)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What physics allows at most: tokens per second, and at least: ms per output token."""
+
+    throughput: float
+    tpot_ms: float
+
+
+NOTHING, ANYTHING = Bound(0.0, math.inf), Bound(math.inf, 0.0)
+
+
 def _by_promise(
     model: Model, choices: Sequence[Choice], asked: Asked, traces: dict[tuple[bool, int], Trace]
-) -> Iterator[tuple[float, Choice, str | None]]:
-    """(most tokens per second that physics allows, choice, why it is out already), best first."""
-    bounds: dict[tuple[str, float, int], float] = {}
-    rows: list[tuple[float, int, Choice, str | None]] = []
+) -> Iterator[tuple[Bound, Choice, str | None]]:
+    """(bound, choice, why it is out already), the most promising first."""
+    bounds: dict[tuple[Any, ...], Bound] = {}
+    rows: list[tuple[Bound, int, Choice, str | None]] = []
     for i, choice in enumerate(choices):
-        price = choice.machine.prices.known
-        if asked.usd_per_hour is not None and (price is None or price * choice.machine.gpus > asked.usd_per_hour):
-            rows.append(
-                (
-                    0.0,
-                    i,
-                    choice,
-                    "no price is known" if price is None else f"${price:g} per GPU-hour is over the budget",
-                )
-            )
+        price = _price(choice.machine)
+        if asked.usd_per_hour is not None and (price is None or price > asked.usd_per_hour):
+            dear = "no price is known" if price is None else f"${price:g} per hour is over the budget"
+            rows.append((NOTHING, i, choice, dear))
             continue
-        key = choice.machine.name, choice.bits, choice.concurrency
-        if key not in bounds:
-            resident = replace(choice, policy="all-resident")
-            question = replace(_question(choice, asked), model=_stored(model, choice))
-            scene = Scene(_trace(model, resident, asked, traces), question)
-            bounds[key] = _ceiling(scene)
-        rows.append((bounds[key], i, choice, None))
-    for bound, _, choice, reason in sorted(rows, key=lambda row: (-row[0], row[1])):
+        bound, refused = _bound(model, choice, asked, traces, bounds)
+        rows.append((bound, i, choice, refused))
+    for bound, _, choice, reason in sorted(rows, key=lambda row: (-row[0].throughput, row[1])):
         yield bound, choice, reason
 
 
-def _ceiling(scene: Scene) -> float:
-    from moesim.engine.simulate import ceiling
+def _bound(
+    model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace], known: dict[Any, Bound]
+) -> tuple[Bound, str | None]:
+    """The ceiling of the very batches that `choice` serves, or why it serves none.
 
-    system = load_system("all-resident")
-    return float(throughput_metrics(ceiling(scene.setting(system, scene.ledger(system))))["output_throughput"])
+    All requests are there from the beginning and are admitted as earlier ones leave, so which tokens a step holds
+    depends on the KV memory alone, not on how long steps take; no step is quicker than its ceiling.
+    """
+    trace, system = _trace(model, choice, asked, traces), load_system(choice.policy)
+    if not isinstance(system.scheduling, FCFS) or system.transforms or system.misses.changes_outputs:
+        return ANYTHING, None  # its steps hold other tokens, or less work
+    try:
+        scene = Scene(trace, replace(_question(choice, asked), model=_stored(model, choice)))
+        ledger = scene.ledger(system)
+        if ledger.verdict == "OOM":
+            return NOTHING, f"OOM: {ledger.reason}"
+        setting = scene.setting(system, ledger)
+        own = setting.limits.sequences, min(setting.limits.kv_bytes, 2 * choice.concurrency * _kv_bytes(scene))
+        key = choice.machine.name, choice.bits, choice.concurrency, id(trace), own
+        if key not in known:
+            records = ceiling(setting, bounded=True)
+            tpot = latency_metrics(records)["mean_tpot_ms"]
+            known[key] = Bound(throughput_metrics(records)["output_throughput"], tpot or 0.0)
+        return known[key], None
+    except MoesimError as error:
+        return NOTHING, str(error)
 
 
-def _best_so_far(found: Sequence[dict[str, Any]], asked: Asked) -> float:
-    """Throughput below which nothing can win any more; latency and cost are not bounded by it."""
-    if asked.objective != "throughput":
-        return 0.0
-    return max((row["output_throughput"] for row in found if row["keeps_slos"]), default=0.0)
+def _kv_bytes(scene: Scene) -> int:
+    return max(scene.model.kv_bytes(r.prompt_tokens + len(r.decode)) for r in scene.workload.requests)
+
+
+def _beaten(bound: Bound, choice: Choice, found: Sequence[dict[str, Any]]) -> str | None:
+    """Which row with the SLOs kept is better than `choice` can be in every respect, if one is."""
+    price = _price(choice.machine) or 0.0
+    for row in found:
+        tpot = row["mean_tpot_ms"] or 0.0
+        worse = row["output_throughput"] > bound.throughput and tpot <= bound.tpot_ms
+        if row["keeps_slos"] and worse and (row["usd_per_hour"] or 0.0) <= price:
+            return (
+                f"cannot win: {bound.throughput:.4g} tok/s and {bound.tpot_ms:.3g} ms a token at its physical ceiling, "
+                f"and {row['policy']} on {row['machine']} is better and costs no more"
+            )
+    return None
 
 
 def _simulated(
@@ -196,14 +246,14 @@ def _simulated(
     m = summary["metrics"]
     if not m or summary["status"] == "OOM":
         return None, f"{summary['status']}: {summary['status_reason']}"
-    price = choice.machine.prices.known
+    price = _price(choice.machine)
     row = _named(choice) | {
         "status": summary["status"],
         "output_throughput": m["output_throughput"],
         "mean_ttft_ms": m["mean_ttft_ms"],
         "mean_tpot_ms": m["mean_tpot_ms"],
         "usd_per_hour": price,
-        "usd_per_million_output_tokens": price and price * choice.machine.gpus / m["output_throughput"] / 3600 * 1e6,
+        "usd_per_million_output_tokens": price and price / m["output_throughput"] / 3600 * 1e6,
         "limited_by": summary["bottleneck"]["explanation"],
         "costs": summary["inputs"]["costs"],
         "keeps_slos": m.get("slo_attainment", 1.0) >= ATTAINED,
@@ -236,40 +286,80 @@ def _pareto(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if not beaten(row)]
 
 
-def _explained(model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]) -> dict[str, Any]:
-    """P10 to P90, the anchors and the flags of the best."""
+def _sure(
+    row: dict[str, Any], model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]
+) -> list[dict[str, Any]]:
+    """Add P10 to P90 of throughput and the flags; the metrics with each resource's costs slow and fast."""
     question = replace(_question(choice, asked), model=_stored(model, choice))
     trace = _trace(model, choice, asked, traces)
     _, numbers, _ = predict_band(trace, choice.policy, question)
-    from moesim.published import band
+    value, *moved = (n["output_throughput"] for n in numbers)
+    row |= {"p10_p90": band(value, moved), "flags": _flags(model, choice, question, trace)}
+    return numbers[1:]
 
-    value, *ends = (n["output_throughput"] for n in numbers)
-    anchored = run(trace, choice.policy, question, anchors=True, shown=False).summary
+
+def _ahead(
+    best: dict[str, Any], second: dict[str, Any], ends: dict[int, list[dict[str, Any]]], asked: Asked
+) -> dict[str, Any]:
+    """How many times better the best is than the next that keeps the SLOs, and whether costs may turn that round.
+
+    On one machine the same costs move for both, so that what they have in common cancels; the errors of different
+    machines are independent.
+    """
+    metric = "mean_tpot_ms" if asked.objective == "latency" else "output_throughput"
+    sign = -1 if asked.objective == "latency" else 1
+    mine, theirs = ([(end[metric] / row[metric]) ** sign for end in ends[id(row)]] for row in (best, second))
+    ratio = (best[metric] / second[metric]) ** sign
+    if asked.objective == "cost":
+        ratio = second["usd_per_million_output_tokens"] / best["usd_per_million_output_tokens"]
+    together = best["machine"] == second["machine"]
+    moved = [a / b for a, b in zip(mine, theirs, strict=True)] if together else mine + [1 / b for b in theirs]
+    low, high = band(ratio, [ratio * m for m in moved])
+    return {"of": _name_of(second), "ratio": ratio, "p10_p90": (low, high), "sure": low > 1}
+
+
+def _explained(model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]) -> dict[str, Any]:
+    """The anchors, the ceiling and the memory of the best, on all the requests it was planned with."""
+    question = replace(_question(choice, asked), model=_stored(model, choice))
+    trace, system = _trace(model, choice, asked, traces), load_system(choice.policy)
+    scene = Scene(trace, question)
+    ledger, under = scene.ledger(system), scene.under(system)
+    top = throughput_metrics(ceiling(under.setting(system, ledger)))["output_throughput"]
     return {
-        "p10_p90": band(value, ends),
-        "anchors": {name: anchored["anchors"][name] for name in ("all_resident", "no_cache", "lru", "oracle")},
-        "ceiling": anchored["ceiling"]["output_throughput"],
-        "memory": anchored["memory"],
-        "flags": _flags(model, choice, question, trace),
-        "notes": anchored["notes"],
+        "anchors": {name: anchor(scene, policy) for name, policy in ANCHORS.items()},
+        "ceiling": top,
+        "memory": ledger.to_dict(),
+        "notes": run(trace, choice.policy, question, anchors=False, shown=False).summary["notes"],
     }
 
 
-def _flags(model: Model, choice: Choice, question: Question, trace: Trace) -> str:
-    """A line to start from, untested."""
+def _flags(model: Model, choice: Choice, question: Question, trace: Trace) -> dict[str, str]:
+    """Lines to start an engine with, untested; none where no released engine does this."""
     context = int(trace.requests.prompt_tokens.max()) + trace.tokens // len(trace.requests)
-    quantised = choice.bits < round(model.expert_bits, 2)
-    if choice.policy == "llama.cpp" or (choice.policy == "all-resident" and quantised):
-        system = load_system("llama.cpp")
-        scene = Scene(trace, question)
-        sizes = [scene.model.expert_bytes(layer) for layer in scene.model.moe_layers]
-        kept = system.capacity.split(scene.ledger(system).expert_bytes, sizes, model.experts)
-        return (
-            f"llama-server -m MODEL.gguf -ngl 99 --n-cpu-moe {sum(not size for size in kept)} "
-            f"-np {choice.concurrency} -c {context * choice.concurrency}   # untested"
-        )
-    if choice.policy == "KTransformers":
-        return f"python -m sglang.launch_server --model {model.name} --kt-num-gpu-experts 0   # untested"
-    if choice.policy == "all-resident":
-        return f"vllm serve {model.name} --max-num-seqs {choice.concurrency} --max-model-len {context}   # untested"
-    return "no engine with these policies is known to be released"
+    quantised, system = choice.bits < round(model.expert_bits, 2), load_system(choice.policy)
+    several = f" --tensor-parallel-size {choice.machine.gpus}" if choice.machine.gpus > 1 else ""
+    if system.name == "llama.cpp" or (system.all_resident and quantised and not several):
+        on_cpu = [i for i, kept in enumerate(_kept(load_system("llama.cpp"), question, trace)) if not kept]
+        tail = f"-np {choice.concurrency} -c {context * choice.concurrency}   # untested"
+        blocks = "|".join(str(model.moe_layers[i]) for i in on_cpu)
+        override = f' -ot "blk\\.({blocks})\\.ffn_.*_exps=CPU" -rtr' if on_cpu else ""
+        return {
+            "llama.cpp": f"llama-server -m MODEL.gguf -ngl 99 --n-cpu-moe {len(on_cpu)} {tail}",
+            "ik_llama.cpp": f"llama-server -m MODEL.gguf -ngl 99{override} -fmoe {tail}",
+        }
+    if system.name == "KTransformers":
+        kept = min(_kept(system, question, trace)) if system.cache else 0
+        line = f"python -m sglang.launch_server --model {model.name} --kt-num-gpu-experts {kept}"
+        return {"KTransformers": f"{line} --kt-cpuinfer {choice.machine.host.cores}   # untested"}
+    if system.all_resident:
+        line = f"vllm serve {model.name}{several} --max-num-seqs {choice.concurrency} --max-model-len {context}"
+        return {"vLLM": f"{line}   # untested"}
+    return {}
+
+
+def _kept(system: System, question: Question, trace: Trace) -> list[int]:
+    """Experts of each layer that `system` keeps on the GPU."""
+    scene = Scene(trace, question)
+    sizes = [scene.model.expert_bytes(layer) for layer in range(trace.layers)]
+    split = system.capacity.split(scene.ledger(system).expert_bytes, sizes, scene.model.experts)
+    return [held // size for held, size in zip(split, sizes, strict=True)]

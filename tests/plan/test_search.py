@@ -39,28 +39,86 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_pruning_never_discards_the_winner(seed, monkeypatch):
+def test_what_is_left_out_is_neither_the_best_nor_on_the_front(seed, monkeypatch):
+    monkeypatch.setattr(search, "_sure", lambda *given: [])
     monkeypatch.setattr(search, "_explained", lambda *given: {})
+    monkeypatch.setattr(search, "_ahead", lambda *given: {})
     choices, asked = drawn(seed)
     pruned, whole = plan(MODEL, choices, asked), plan(MODEL, choices, asked, prune=False)
     assert pruned["best"] == whole["best"]
+    assert pruned["pareto"] == whole["pareto"]
     assert len(whole["candidates"]) >= len(pruned["candidates"])
 
 
-def test_no_candidate_exceeds_its_bound():
-    choices, asked = drawn(3)
-    bounds = {(c.machine.name, c.bits, c.concurrency): b for b, c, _ in search._by_promise(MODEL, choices, asked, {})}
+@pytest.mark.parametrize("seed", range(12))
+def test_no_candidate_exceeds_its_bound(seed):
+    choices, asked = drawn(seed)
+    bounds = {tuple(search._named(c).values()): b for b, c, _ in search._by_promise(MODEL, choices, asked, {})}
     for row in plan(MODEL, choices, asked, prune=False)["candidates"]:
-        assert row["output_throughput"] <= bounds[row["machine"], row["bits"], row["concurrency"]]
+        bound = bounds[tuple(search._name_of(row).values())]
+        assert row["output_throughput"] <= bound.throughput
+        assert row["mean_tpot_ms"] >= bound.tpot_ms
 
 
-def test_the_best_comes_with_its_band_anchors_and_flags():
-    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["LRU", "llama.cpp"], [1]), Asked(4, 6))
+def test_a_dear_machine_that_is_worse_in_all_is_left_out():
+    good, poor = machine("h100", 4000), machine("l4", 4000)
+    poor = replace(poor, gpu=replace(poor.gpu, hbm_gbps=0.01), prices=replace(poor.prices, usd_per_hour=100.0))
+    result = plan(MODEL, space([good, poor], [32.0], ["all-resident"], [2]), Asked(4, 6))
+    assert "cannot win" in result["excluded"][0]["reason"] and len(result["candidates"]) == 1
+
+
+def test_systems_that_change_outputs_are_never_left_out_by_a_bound():
+    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "eMoE"], [1]), Asked(4, 6))
+    assert len(result["candidates"]) == 2
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_the_best_comes_with_its_band_anchors_and_flags(concurrency):
+    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["LRU", "llama.cpp"], [concurrency]), Asked(4, 6))
     best = result["best"]
     low, high = best["p10_p90"]
-    assert low < best["output_throughput"] < high < best["ceiling"]
+    assert low < best["output_throughput"] < high
     assert set(best["anchors"]) == {"all_resident", "no_cache", "lru", "oracle"}
+    assert best["output_throughput"] <= best["anchors"]["all_resident"]["output_throughput"] <= best["ceiling"]
     assert {"machine", "policy", "bits", "concurrency"} <= set(result["pareto"][0])
+    front = [row for row in result["candidates"] if search._name_of(row) in result["pareto"]]
+    assert all("p10_p90" in row and "flags" in row for row in front)
+
+
+def test_the_next_best_and_whether_costs_may_turn_them_round():
+    alike = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "llama.cpp"], [1]), Asked(4, 6))
+    assert alike["best"]["ahead"]["ratio"] == 1 and not alike["best"]["ahead"]["sure"]
+    apart = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "on-demand"], [1]), Asked(4, 6))
+    low, high = apart["best"]["ahead"]["p10_p90"]
+    assert 1 < low < apart["best"]["ahead"]["ratio"] < high and apart["best"]["ahead"]["sure"]
+
+
+def test_several_gpus_are_planned_for_where_they_can_serve():
+    choices = space([load_machine("2xh100-sxm")], [32.0], ["all-resident", "LRU"], [2])
+    result = plan(MODEL, choices, Asked(4, 6))
+    assert result["best"]["policy"] == "all-resident" and "--tensor-parallel-size 2" in result["best"]["flags"]["vLLM"]
+    assert result["best"]["usd_per_hour"] == 2 * load_machine("h100-sxm").prices.known
+    assert "one GPU" in result["excluded"][0]["reason"]
+
+
+def test_experts_kept_on_the_gpu_are_in_the_flags():
+    policies = ["KTransformers(gpu_experts=1024)", "llama.cpp"]
+    result = plan(MODEL, space([machine("l4", 560)], [32.0], policies, [1]), Asked(4, 6))
+    flags = {name: line for row in result["candidates"] for name, line in row.get("flags", {}).items()}
+    assert "--kt-num-gpu-experts" in flags.get("KTransformers", "--kt-num-gpu-experts")
+    assert any("untested" in line for line in flags.values())
+
+
+def test_a_budget_chooses_machines():
+    run = CliRunner().invoke(
+        app, ["plan", "--model", "tiny-moe-8x16", "--budget", "0.5", "--random-input-len", "4",
+              "--random-output-len", "4", "--policies", "all-resident", "--bits", "32", "--json"]
+    )  # fmt: skip
+    found = json.loads(run.stdout)
+    machines = {row["machine"] for row in [*found["candidates"], *found["excluded"]]}
+    assert machines and all(load_machine(name).prices.known <= 0.5 for name in machines)
+    run = CliRunner().invoke(app, ["plan", "--model", "tiny-moe-8x16", "--budget", "0.001"])
+    assert isinstance(run.exception, WorkloadError) and "no machine costs less" in str(run.exception)
 
 
 def test_more_bits_than_published_are_one_choice():
