@@ -346,6 +346,7 @@ def _mount() -> None:
     """Sub-commands live in moesim.commands; `calibrate` beside what it measures, for machines that have no more."""
     from moesim.calibrate.commands import calibrate
     from moesim.commands.capacity import capacity
+    from moesim.commands.dashboard import dashboard
     from moesim.commands.doctor import doctor
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
@@ -358,6 +359,7 @@ def _mount() -> None:
 
     app.command()(calibrate)
     app.command()(capacity)
+    app.command()(dashboard)
     app.command()(doctor)
     app.command()(plan)
     app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +38,8 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {  # by name, from the m
 TRUST = ("high", "medium", "low")
 TOLERANCE = {"decode_tok_s": 0.20, "tpot_ms": 0.20, "prefill_tok_s": 0.25, "ttft_s": 0.25, "throughput_tok_s": 0.20}
 HIT_RATE_POINTS = 0.05
-BAND_TOKENS = 32  # output tokens of each request, of many, from which a band is taken
+BAND_TOKENS, BAND_REQUESTS = 16, 256  # of many long requests, those from which a band is taken
+FEW = 12  # cases that are predicted one after the other
 PIECES = (2048, 8, 8)  # requests, prompt and output tokens that the routing of many requests is joined from
 MAX_CASES, MAX_BYTES = 10_000, 1 << 24
 
@@ -185,7 +188,7 @@ def _predicted(case: Case) -> tuple[str, dict[str, Any], list[dict[str, Any]], s
     """Status, metrics, the metrics its band is taken from (`predict_band`), and what limits it.
 
     Many requests: twice as many as are served at once, each sent when another ends, but for throughput, where all are
-    there from the beginning. Their band is that of the first BAND_TOKENS output tokens.
+    there from the beginning. Their band is that of fewer and shorter ones.
     """
     from moesim.question import Question, predict_band, run
     from moesim.systems import load_system
@@ -205,9 +208,10 @@ def _predicted(case: Case) -> tuple[str, dict[str, Any], list[dict[str, Any]], s
         return status, numbers[0] if numbers else {}, numbers, bottleneck
     with TemporaryDirectory() as folder:
         whole, short = Path(folder, "whole.csv"), Path(folder, "short.csv")
-        for file, output in ((whole, case.output), (short, min(case.output, BAND_TOKENS))):
+        count, few = case.concurrency * case.waves, min(case.concurrency, BAND_REQUESTS)
+        for file, output, rows in ((whole, case.output, count), (short, min(case.output, BAND_TOKENS), few)):
             row = f"0,{case.prompt},{output}\n"
-            file.write_text("arrival_s,prompt_tokens,output_tokens\n" + row * (case.concurrency * case.waves))
+            file.write_text("arrival_s,prompt_tokens,output_tokens\n" + row * rows)
         asked = replace(question, workload=whole)
         summary = run(routing, case.system, asked, case.settings, anchors=False, shown=False).summary
         if not summary["metrics"]:
@@ -244,8 +248,7 @@ def _routing(case: Case) -> Any:
 def validate(cases: Sequence[Case], advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Every case predicted, and scores over those of medium or high trust: by metric, overall and by group."""
     rows = []
-    for case in cases:
-        found = predict(case)
+    for case, found in _predictions(cases):
         row = {
             "id": case.id, "group": case.group, "metric": case.metric, "trust": case.trust, "source": case.source,
             "model": case.model.name, "machine": case.machine.name, "system": case.system, "measured": case.value,
@@ -271,6 +274,15 @@ def validate(cases: Sequence[Case], advance: Callable[[], None] = lambda: None) 
         "without_prediction": sum("error" not in row for row in rows),
         "not_scored": sum(row["trust"] == "low" for row in rows),
     }
+
+
+def _predictions(cases: Sequence[Case]) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """In order; of many, on all cores."""
+    if len(cases) < FEW:
+        yield from ((case, predict(case)) for case in cases)
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from zip(cases, pool.map(predict, cases), strict=True)
 
 
 def _score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from moesim.workload import Workload, first, from_trace, read_workload, unroll, 
 ENOUGH = 20  # requests below which a queue says nothing about load
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
 SAMPLE_LOOKUPS = 120_000
+CEILING_BASIS = "all experts resident, nominal bandwidth and peak rates, no overheads"
 ANCHORS = {"all_resident": "all-resident", "no_cache": "on-demand", "lru": "LRU", "oracle": "oracle"}
 
 
@@ -299,6 +300,19 @@ def run(
     return Run(summary, outcome.records, tuple(r.request_id for r in scene.workload.requests))
 
 
+def estimate(trace: Trace, policy: str | System, question: Question) -> dict[str, Any]:
+    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request."""
+    system = compose(policy)
+    scene = Scene(trace, replace(question, num_prompts=question.num_prompts or len(trace.requests))).under(system)
+    ledger = scene.ledger(system)
+    found: dict[str, Any] = {"status": ledger.verdict, "status_reason": ledger.reason, "memory": ledger.to_dict()}
+    if _runs(system, ledger):
+        scene.workload = first(scene.workload, 1)
+        top = metrics.throughput_metrics(ceiling(scene.setting(system, ledger)))["output_throughput"]
+        found["ceiling"] = {"output_throughput": top, "basis": "one request, " + CEILING_BASIS}
+    return found
+
+
 def predict_band(
     trace: Trace, policy: str | System, question: Question, settings: tuple[str, ...] = ()
 ) -> tuple[str, list[dict[str, Any]], str]:
@@ -552,7 +566,7 @@ def _anchors(
         "ceiling": {
             "output_throughput": top,
             "reached": base["output_throughput"] / top,
-            "basis": "all experts resident, nominal bandwidth and peak rates, no overheads",
+            "basis": CEILING_BASIS,
         },
         "uncertainty": {
             "basis": f"every {scene.costs().label} cost at the slow and at the fast end of its band, on the sample",

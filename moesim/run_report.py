@@ -33,12 +33,12 @@ def write_report(directory: Path, output: Path) -> dict[str, Any]:
         inputs = summary["inputs"]
         title = f"{inputs['system']['name']} serving {inputs['model']['name']} on {inputs['machine']['name']}"
         details = f"{text}\n\narguments\n{to_json(inputs['arguments'])}\n\nsystem\n{to_json(inputs['system'])}"
-        figures = list(_figures(summary, directory))
+        shown = list(figures(summary, directory))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoesimError(
             f"{directory / 'summary.json'}: not a summary of this moesim ({error!r}); run 'moesim replay -o' again"
         ) from error
-    write_page(output, title, _lead(summary), figures, details)
+    write_page(output, title, _lead(summary), shown, details)
     return summary
 
 
@@ -67,7 +67,8 @@ def _lead(s: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _figures(s: dict[str, Any], directory: Path) -> Iterator[Figure]:
+def figures(s: dict[str, Any], directory: Path) -> Iterator[Figure]:
+    """Everything there is to draw of the run saved in `directory`."""
     if s["metrics"]:
         path = {CAUSES[cause]: 100 * share for cause, share in s["bottleneck"]["critical_path"].items()}
         yield value_bars("Where the critical path goes", "share of the time serving (%)", path)

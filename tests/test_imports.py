@@ -28,7 +28,7 @@ ROOMS = [
     ["question"],
     ["compare", "page", "model_report", "whatif", "doctor", "run_report", "published", "published_report", "capacity"],
     ["plan"],
-    ["commands", "cli"],
+    ["dashboard", "commands", "cli"],
 ]
 HEAVY = ("torch", "plotly", "streamlit", "pandas", "numba", "scipy.optimize", "scipy.stats", "sklearn")
 

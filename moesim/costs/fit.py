@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
@@ -185,8 +185,8 @@ class Curve:
     @cached_property
     def _lattice(self) -> Lattice:
         """Built at first use, and made rising again: rounding may have undone it by a step."""
-        nodes = np.array(list(product(*self.axes)))
-        values = _physics_at(family(self.family), self._variant, self.physics, nodes) + np.array(self.residual) / UNIT
+        work = _work_at_nodes(self.family, self.variant, self.axes)
+        values = np.asarray(self.physics.log_seconds(*work)) + np.array(self.residual) / UNIT
         shape = [len(axis) for axis in self.axes]
         values = values.reshape(shape)
         for axis in range(len(shape)):
@@ -348,6 +348,14 @@ def _work(fam: Family, variant: Row, points: np.ndarray) -> tuple[np.ndarray, np
     pairs = [fam.work({**variant, **_row_at(fam, point)}) for point in points]
     both = np.array(pairs, dtype=float)
     return both[:, 0], both[:, 1]
+
+
+@lru_cache(maxsize=256)  # the ends of a curve's band share its nodes
+def _work_at_nodes(
+    name: str, variant: tuple[Any, ...], axes: tuple[tuple[float, ...], ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    fam = family(name)
+    return _work(fam, dict(zip(fam.variant, variant, strict=True)), np.array(list(product(*axes))))
 
 
 def _physics_at(fam: Family, variant: Row, physics: Physics, points: np.ndarray) -> np.ndarray:

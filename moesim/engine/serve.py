@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from moesim.engine.batch import NO_LIMIT, Batch, Stepper
 from moesim.engine.clock import Clock
 from moesim.errors import MemoryBudgetError
-from moesim.policies import Candidate, Scheduling
+from moesim.policies import FCFS, Candidate, Scheduling
 from moesim.records import Records
 from moesim.workload import Request, Workload
 
@@ -133,9 +133,11 @@ class Server:
     def _admit(self) -> None:
         now = self._env.now
         while self._waiting and len(self._running) < self._limits.sequences:
-            running = [_candidate(s.request, s.sent, s.remaining) for s in self._running]
-            waiting = [_candidate(r, sent, len(r.decode)) for r, sent in self._waiting[:LOOK]]
-            choice = self._scheduling.admit(waiting, running, now)
+            choice: int | None = 0  # first come, first served needs to see nobody
+            if not isinstance(self._scheduling, FCFS):
+                running = [_candidate(s.request, s.sent, s.remaining) for s in self._running]
+                waiting = [_candidate(r, sent, len(r.decode)) for r, sent in self._waiting[:LOOK]]
+                choice = self._scheduling.admit(waiting, running, now)
             if choice is None:
                 return
             request, sent = self._waiting[choice]

@@ -1,0 +1,169 @@
+"""What is asked on the dashboard, as URL parameters and as words of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+DRAWN = ""  # no trace: routing is drawn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Every control of the dashboard. trace: a name that `Files` knows; None and "" mean: work it out."""
+
+    trace: str = DRAWN
+    model: str = ""
+    machine: str = "rtx-4090"
+    policy: str = "LRU"
+    slots: int | None = None
+    users: int | None = None
+    rate: float | None = None
+    prompts: int | None = None
+    input: int = 512
+    output: int = 64
+    ttft: float | None = None
+    tpot: float | None = None
+    seed: int = 0
+
+
+EXAMPLES = {
+    "Real routing, half of the experts cached": Asked(
+        trace="tiny-moe-8x16.parquet", policy="eMoE", slots=8, prompts=40
+    ),
+    "gpt-oss-20b on an RTX 4090": Asked(model="gpt-oss-20b", prompts=4, output=32, input=128),
+    "Mixtral-8x7B on four H100": Asked(
+        model="mixtral-8x7b", machine="4xh100-sxm", policy="EPLB", users=16, prompts=32, ttft=2000.0, tpot=50.0
+    ),
+}
+_LEAST = {
+    "slots": 1,
+    "users": 1,
+    "rate": 1e-6,
+    "prompts": 1,
+    "input": 1,
+    "output": 2,
+    "ttft": 1e-3,
+    "tpot": 1e-3,
+    "seed": 0,
+}
+_MOST = 1 << 20
+
+
+def from_query(query: Mapping[str, str]) -> tuple[Asked, list[str]]:
+    """What a URL asks, and a note for every value that makes no sense and was left at its default."""
+    values: dict[str, Any] = {}
+    notes = []
+    for f in fields(Asked):
+        if f.name not in query:
+            continue
+        text = query[f.name]
+        kind = str(f.type).partition(" |")[0]
+        try:
+            if kind == "str":
+                values[f.name] = text
+                continue
+            number = int(text) if kind == "int" else float(text)
+            if not _LEAST[f.name] <= number <= _MOST:
+                raise ValueError
+            values[f.name] = number
+        except ValueError:
+            notes.append(f"{f.name}={text} in the address is no {'whole ' if kind == 'int' else ''}number it can be")
+    return replace(Asked(), **values), notes
+
+
+def to_query(asked: Asked) -> dict[str, str]:
+    """URL parameters; defaults are left out."""
+    default = Asked()
+    changed = {f.name: getattr(asked, f.name) for f in fields(asked)}
+    return {
+        name: f"{value}" for name, value in changed.items() if value != getattr(default, name) and value is not None
+    }
+
+
+def words(asked: Asked, files: Files, verb: str = "replay") -> list[str]:
+    """The command `moesim VERB ...` that answers; the very one the dashboard runs."""
+    out = [verb]
+    if asked.trace:
+        out.append(str(files.trace(asked.trace)))
+    out += ["--policy", asked.policy, "--machine", files.known(asked.machine)]
+    model = asked.model or (None if asked.trace else "gpt-oss-20b")
+    options: dict[str, Any] = {"--model": model and files.known(model), "--slots-per-layer": asked.slots}
+    if verb in ("replay", "compare", "whatif"):
+        options |= {"--max-concurrency": asked.users, "--request-rate": asked.rate, "--num-prompts": asked.prompts}
+    if verb == "replay" and not asked.trace:
+        options |= {"--random-input-len": asked.input, "--random-output-len": asked.output}
+    options["--seed"] = asked.seed or None
+    for name, value in options.items():
+        if value is not None:
+            out += [name, f"{value}"]
+    if verb in ("replay", "capacity"):
+        out += [w for name in ("ttft", "tpot") if (ms := getattr(asked, name)) for w in ("--goodput", f"{name}:{ms:g}")]
+    return out
+
+
+MAX_BYTES = {".parquet": 200 << 20, ".json": 1 << 20, ".yaml": 1 << 20}
+
+
+class Files:
+    """Traces, models and machines that may be named: those of a folder, and those uploaded into another.
+
+    A name never leads out of the two folders, so an address cannot ask for other files of the server.
+    """
+
+    def __init__(self, traces: Path | None, uploads: Path) -> None:
+        self._traces, self._uploads = traces, uploads
+
+    def traces(self) -> list[str]:
+        folders = [f for f in (self._traces, self._uploads) if f is not None]
+        return sorted(path.name for folder in folders for path in folder.glob("*.parquet"))
+
+    def uploaded(self, suffix: str) -> list[str]:
+        return sorted(path.name for path in self._uploads.glob(f"*{suffix}"))
+
+    def trace(self, name: str) -> Path:
+        """Where the trace called `name` lies. Raises FileNotFoundError."""
+        if name in self.traces():
+            for folder in (self._uploads, self._traces):
+                if folder is not None and (folder / name).is_file():
+                    return folder / name
+        raise FileNotFoundError(f"no trace is called '{name}'; choose one, or upload it again")
+
+    def known(self, name: str) -> str:
+        """A model or machine: the path of an uploaded file, or a name of the catalogue as it is."""
+        if name in (*self.uploaded(".json"), *self.uploaded(".yaml")):
+            return str(self._uploads / name)
+        if "/" in name and Path(name).exists():
+            raise FileNotFoundError(f"'{name}' is a file of this server; upload yours")
+        return name
+
+    def add(self, name: str, data: bytes) -> str:
+        """Keep an upload under its own name. Raises ValueError where it is too large or of no known kind."""
+        path = Path(Path(name).name)
+        if path.suffix not in MAX_BYTES:
+            raise ValueError(f"{path.name}: upload a trace (.parquet), a config.json or a machine (.yaml)")
+        if len(data) > MAX_BYTES[path.suffix]:
+            raise ValueError(f"{path.name}: {len(data)} bytes; a {path.suffix} file may have {MAX_BYTES[path.suffix]}")
+        self._uploads.mkdir(parents=True, exist_ok=True)
+        _check(self._uploads, path, data)
+        return path.name
+
+
+def _check(folder: Path, path: Path, data: bytes) -> None:
+    """Write the file if moesim can read it. Raises MoesimError as the command line would."""
+    from moesim.files import atomic
+    from moesim.machine import load_machine
+    from moesim.model import load_model
+    from moesim.trace.io import read
+
+    reader: Any = {".parquet": read, ".json": lambda p: load_model(str(p)), ".yaml": load_machine}[path.suffix]
+    trial = folder / f".new-{path.name}"
+    try:
+        trial.write_bytes(data)
+        reader(trial)
+        with atomic(folder / path.name) as temporary:
+            temporary.write_bytes(data)
+    finally:
+        trial.unlink(missing_ok=True)
