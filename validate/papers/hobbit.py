@@ -1,0 +1,106 @@
+"""HOBBIT (arXiv 2411.01433, sections 5.2 to 5.5): decode speed-ups and prefill cuts on one RTX 4090, batch 1."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from validate.papers.claim import Claim, Fact, cut, mean
+from validate.papers.setup import GATES, LOCALITY, MIXTRAL, PHI, local, machine, metrics, model
+
+BOX = machine("rtx-4090", host__platform="server", host__memory="256GiB", host__cores=64)
+LENGTHS = ((16, 32), (16, 128), (128, 32), (128, 128))  # prompt, output: section 5.1
+MODELS = {"Mixtral-8x7B": MIXTRAL, "Phi-3.5-MoE": PHI}
+ASSUMED = f"{LOCALITY}; {GATES}; eviction weights and memory split of HOBBIT as its system file has them"
+PLAIN, COOPERATIVE = "hobbit", "hobbit(variant='cooperative')"
+WHY = {
+    "Mixtral-Offloading": "",
+    "MoE-Infinity": "",
+    "llama.cpp": "",
+    "Fiddler": "",
+}
+
+
+@cache
+def _seconds(policy: str, name: str, metric: str) -> float:
+    """Mean over the paper's four pairs of lengths."""
+    served = model(name)
+    return mean([metrics(policy, local(served, 4, *lengths), served, BOX)[metric] for lengths in LENGTHS])
+
+
+def _ratio(ours: str, theirs: str, name: str, metric: str) -> float:
+    return _seconds(theirs, name, metric) / _seconds(ours, name, metric)
+
+
+def _fact(name: str, metric: str, gpu: str, setting: str, baseline: str, value: float) -> Fact:
+    return Fact("HOBBIT", metric, name, gpu, f"{setting} batch1", baseline, value)
+
+
+# GPU, setting and system; then baseline: (decode speed-up, prefill cut in %) of Mixtral and of Phi.
+TABLES = (
+    (
+        ("RTX4090", "fp16+int4", PLAIN),
+        {"Mixtral-Offloading": ((3.21, 51), (3.29, 54)), "MoE-Infinity": ((2.3, 14), (3.92, 29))},
+    ),
+    (
+        ("RTX4090+CPU", "fp16+int4 coop", COOPERATIVE),
+        {"llama.cpp": ((1.31, 25), (1.42, 40)), "Fiddler": ((0.99, 42), (1.46, 85))},
+    ),
+)
+
+
+def _claims() -> list[Claim]:
+    found = []
+    for (gpu, setting, ours), baselines in TABLES:
+        for theirs, values in baselines.items():
+            for (label, name), (speedup, percent) in zip(MODELS.items(), values, strict=True):
+                for metric, fact, reported in (
+                    ("mean_tpot_ms", _fact(label, "decode_speedup_mean", gpu, setting, theirs, speedup), speedup),
+                    (
+                        "mean_ttft_ms",
+                        _fact(label, "prefill_latency_reduction_mean", gpu, setting, theirs, percent),
+                        cut(percent),
+                    ),
+                ):
+                    what = "decoding" if metric == "mean_tpot_ms" else "prefill"
+                    cooperative = " with CPU experts" if ours == COOPERATIVE else ""
+                    found.append(
+                        Claim(
+                            "HOBBIT",
+                            f"{what}{cooperative}, {label}, over {theirs}",
+                            reported,
+                            (fact,),
+                            lambda o=ours, t=theirs, n=name, m=metric: _ratio(o, t, n, m),
+                            assumed=ASSUMED,
+                            why=WHY[theirs],
+                        )
+                    )
+    return found
+
+
+def _main() -> Claim:
+    plain = [c for c in _claims() if c.what.startswith("decoding,")]
+    predict = [c.predict for c in plain if c.predict]
+    return Claim(
+        "HOBBIT",
+        "decoding on an RTX 4090 over Mixtral-Offloading and MoE-Infinity, mean of four",
+        mean([c.reported for c in plain]),
+        tuple(fact for c in plain for fact in c.facts),
+        lambda: mean([one() for one in predict]),
+        main=True,
+        assumed=ASSUMED,
+        why=WHY["MoE-Infinity"],
+    )
+
+
+CLAIMS = (
+    _main(),
+    *_claims(),
+    Claim(
+        "HOBBIT",
+        "decoding, Phi-3.5-MoE, over MoE-Infinity on a Jetson AGX Orin",
+        9.93,
+        (Fact("HOBBIT", "decode_speedup_mean", "Phi-3.5-MoE", "Jetson Orin", "int8+int2 batch1", "MoE-Infinity", 9.93),),
+        None,
+        why="the Orin is not in the catalogue: no source at hand states its tensor rate",
+    ),
+)
