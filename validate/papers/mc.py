@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from moesim.model import load_model
 from validate.papers.claim import Claim, Fact, mean
-from validate.papers.setup import MIXTRAL, gpu_bytes, machine, metrics, model, plain
+from validate.papers.setup import MIXTRAL, TRANSFORMERS, gpu_bytes, machine, metrics, model, plain
 
 ONE = machine("a100-80gb-sxm")
 SEVERAL = {2: machine("a100-80gb-sxm", gpu__memory="160GiB"), 4: machine("a100-80gb-sxm", gpu__memory="320GiB")}
-POOLED = "several A100 one after the other, layer by layer: one with the memory of all"
+POOLED = "several A100 one after the other, layer by layer: one with the memory of all; experts in a loop, as transformers (released code) runs them"
 OUTPUT = 32
 BIG = "mixtral-8x22b-v0.1"
 GPUS = {MIXTRAL: 2, BIG: 4}
@@ -22,7 +22,7 @@ def _tpot(policy: str, name: str, batch: int, prompt: int) -> float:
     served = load_model(name)
     box = SEVERAL[GPUS[name]] if policy == "all-resident" else ONE
     trace = plain(served, batch, prompt, OUTPUT)
-    return float(metrics(policy, trace, served, box, max_concurrency=batch)["mean_tpot_ms"])
+    return float(metrics(policy, trace, served, box, TRANSFORMERS, max_concurrency=batch)["mean_tpot_ms"])
 
 
 def _speedup(policy: str, batch: int = 1, prompt: int = 512, name: str = MIXTRAL) -> float:

@@ -7,7 +7,7 @@ from functools import cache
 from moesim.model import Model
 from moesim.question import Question, Scene, compose
 from validate.papers.claim import Claim, Fact
-from validate.papers.setup import machine, metrics, plain
+from validate.papers.setup import plain
 
 TOKENS = 128
 ASSUMED = f"BERT-base with 8 experts in every layer, 4 used (defaults of the released code), {TOKENS} tokens per sequence"
@@ -31,16 +31,6 @@ def operations(policy: str) -> float:
     layers = served.layers * (served.attention_params(0) + served.router_params)
     attention = served.layers * 4 * TOKENS * TOKENS * served.heads * served.head_dim
     return 2.0 * TOKENS * layers + attention + 2.0 * served.expert_params * float((experts >= 0).sum())
-
-
-def _faster() -> float:
-    served, box = bert(), machine("a100-80gb-sxm")
-    trace = plain(served, 8, TOKENS, 0)
-    times = [
-        metrics(policy, trace, served, box, ("kernel=loop",), max_concurrency=8)["duration_s"]
-        for policy in ("all-resident", "MEO")
-    ]
-    return times[0] / times[1]
 
 
 CLAIMS = (
