@@ -25,13 +25,16 @@ _SLOWED = 1.1  # times as long beside others as alone: below it measurements can
 PREFERRED = "vllm"  # engine whose kernels are taken where a profile holds those of several
 
 
-def costs_of(machine: Machine, scale: str = "default") -> Roofline:
-    """Costs of `machine` from its profile, or from its specification sheet where it has none."""
+def costs_of(machine: Machine, scale: str = "default", graph: bool = True) -> Roofline:
+    """Costs of `machine` from its profile, or from its specification sheet where it has none.
+
+    graph: kernels are launched as CUDA graphs.
+    """
     if not machine.profile:
-        return Roofline(machine, scale)
+        return Roofline(machine, scale, graph)
     from moesim.profile import read_profile
 
-    return Fitted(machine, read_profile(machine.profile), scale)
+    return Fitted(machine, read_profile(machine.profile), scale, graph)
 
 
 class Fitted(Roofline):

@@ -10,7 +10,7 @@ from moesim.costs.table import CostTable
 from moesim.model import Model
 from moesim.question import compose
 from validate.papers.claim import Claim, Fact, mean
-from validate.papers.setup import machine, metrics, model, plain
+from validate.papers.setup import TRANSFORMERS, machine, metrics, model, plain
 
 BOX = machine("rtx-4070-super")
 TOKENS = 4096
@@ -59,8 +59,8 @@ def _decoder(name: str) -> float:
     served, (batch, length) = one_layer(name), BATCH.get(name, (1, 4096))
     trace = plain(served, batch, length, 0)
     asked = {"max_concurrency": batch, "max_batch_tokens": batch * length}
-    dense = metrics("all-resident", trace, served, BOX, ("kernel=loop",), **asked)["duration_s"]
-    return float(dense / metrics("Samoyeds", trace, served, BOX, **asked)["duration_s"])
+    dense = metrics("all-resident", trace, served, BOX, TRANSFORMERS, **asked)["duration_s"]
+    return float(dense / metrics("Samoyeds", trace, served, BOX, ("graph=false",), **asked)["duration_s"])
 
 
 def _facts(metric: str, setting: str, values: dict[str, float]) -> dict[str, Fact]:
