@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moesim.systems.adapmoe import SINGLE
 from moesim.transforms import SensitivityGating
 from validate.papers.claim import Claim, Fact
 from validate.papers.setup import GATES, LOCALITY, MIXTRAL, local, machine, metrics, model
@@ -15,7 +14,8 @@ CACHED = 64  # experts of 256
 BOX = machine("rtx-4090")
 PROMPT, OUTPUT = 128, 128
 ASSUMED = (
-    f"RTX 4090 (a second-hand note names it), {PROMPT} prompt and {OUTPUT} output tokens, over Mixtral-Offloading, whose "
+    f"RTX 4090 (a second-hand note names it), {PROMPT} prompt and {OUTPUT} output tokens, over "
+    f"Mixtral-Offloading, whose "
     f"code it builds on; {LOCALITY}; {GATES}"
 )
 
@@ -64,6 +64,9 @@ CLAIMS = (
         lambda: 2 / (2 - single_share()),
         kind="operations",
         assumed=GATES,
-        why="the released threshold drops 13 % of the experts by the authors' own table; the abstract's 25 % is of another",
+        why=(
+            "the released threshold drops 13 % of the experts by the authors' own table; the abstract's 25 "
+            "% is of another"
+        ),
     ),
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 FACTOR = 1.25  # a ratio counts as reproduced within this factor, if its direction is right
-NO_CHANGE = 0.02  # a reported ratio this near to 1 has no direction
+NO_CHANGE = 0.05  # a reported ratio this near to 1 has no direction
 
 
 class Fact(NamedTuple):
@@ -25,11 +25,11 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """Every claim is a ratio: baseline over system in time or bytes, above 1 where the system is better.
+    """Every claim is a ratio: baseline over system, above 1 where the system is better.
 
-    main: the one of its paper that the summary counts. predict: None where it is not set up, then `why` says what is
-    missing. kind: time, memory or operations. assumed: what stands in for what the paper does not state. why: the reason, known or
-    suspected, where the prediction is off.
+    main: the one of its paper that the summary counts. predict: None where it is not set up; `why` says what is missing.
+    kind: of what the ratio is: time, memory or operations. assumed: what stands in where the paper is silent.
+    why: the reason, known or suspected, where the prediction is off.
     """
 
     system: str

@@ -10,9 +10,17 @@ from validate.papers.setup import MIXTRAL, TRANSFORMERS, gpu_bytes, machine, met
 BOX = machine("a100-80gb-sxm", gpu__memory="160GiB")
 GPU = "2xA100-80GB"
 PROMPT, OUTPUT = 200, 50  # prompt: assumed; output: max_out_len of the released SQuAD configuration
-ASSUMED = f"two A100 layer after layer: one with the memory of both; experts in a loop, as transformers 4.39 (released code) runs them; SQuAD: {PROMPT} prompt and {OUTPUT} output tokens"
-KINDS = {"E8 k1": "EEP(experts=8, top_k=1)", "E4 k2": "EEP", "E4 k1": "EEP(experts=4, top_k=1)", "E2 k2": "EEP(experts=2)"}
-WHY = ""
+ASSUMED = (
+    f"two A100 layer after layer: one with the memory of both; experts in a loop, as transformers "
+    f"4.39 (released code) runs them; SQuAD: {PROMPT} prompt and {OUTPUT} output tokens"
+)
+KINDS = {
+    "E8 k1": "EEP(experts=8, top_k=1)",
+    "E4 k2": "EEP",
+    "E4 k1": "EEP(experts=4, top_k=1)",
+    "E2 k2": "EEP(experts=2)",
+}
+WHY = "lengths of SQuAD prompts are assumed; two GPUs are one here"
 
 # By batch: (prefill, decode) speed-ups over all experts, table 10.
 TABLE10 = {
@@ -28,10 +36,12 @@ TABLE5 = {"E8 k1": 1.24, "E4 k2": 1.11, "E4 k1": 1.41, "E2 k2": 1.18}
 def _numbers(policy: str, batch: int) -> dict[str, float]:
     served = model(MIXTRAL)
     trace = plain(served, batch, PROMPT, OUTPUT)
-    return metrics(policy, trace, served, BOX, TRANSFORMERS, max_concurrency=batch, max_batch_tokens=batch * (PROMPT + 1))
+    return metrics(
+        policy, trace, served, BOX, TRANSFORMERS, max_concurrency=batch, max_batch_tokens=batch * (PROMPT + 1)
+    )
 
 
-def _faster(kind: str, batch: int, metric: str) -> float:
+def faster(kind: str, batch: int, metric: str) -> float:
     return _numbers("all-resident", batch)[metric] / _numbers(KINDS[kind], batch)[metric]
 
 
@@ -48,7 +58,7 @@ def _phase(kind: str, batch: int, phase: str, value: float) -> Claim:
         f"{phase}, Mixtral-8x7B, {kind}, batch {batch}",
         value,
         (Fact("EEP", f"{phase}_speedup", "Mixtral-8x7B", GPU, f"{kind} bs{batch}", "full", value),),
-        lambda: _faster(kind, batch, metric),
+        lambda: faster(kind, batch, metric),
         assumed=ASSUMED,
         why=WHY,
     )
@@ -60,7 +70,7 @@ def _whole(kind: str, value: float) -> Claim:
         f"whole requests, Mixtral-8x7B, {kind}, batch 256",
         value,
         (Fact("EEP", "speedup", "Mixtral-8x7B", GPU, f"SQuAD bs256 {kind}", "full", value),),
-        lambda: _faster(kind, 256, "duration_s"),
+        lambda: faster(kind, 256, "duration_s"),
         main=kind == "E4 k1",
         assumed=ASSUMED,
         why=WHY,

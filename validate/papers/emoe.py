@@ -19,7 +19,7 @@ WHY_MISSES = (
 )
 
 
-def _resident_bytes(policy: str) -> int:
+def resident_bytes(policy: str) -> int:
     served = model(MIXTRAL)
     asked = {} if policy == "all-resident" else {"expert_memory": int(LOADED * served.total_expert_bytes)}
     return gpu_bytes(policy, plain(served, 1, 512, 1), served, BOX, **asked)
@@ -28,13 +28,15 @@ def _resident_bytes(policy: str) -> int:
 @cache
 def _numbers(policy: str, batch: int) -> dict[str, float]:
     served = model(MIXTRAL)
-    asked = {} if policy in ("all-resident", "on-demand", "Pre-gated") else {
-        "expert_memory": int(LOADED * served.total_expert_bytes)
-    }
+    asked = (
+        {}
+        if policy in ("all-resident", "on-demand", "Pre-gated")
+        else {"expert_memory": int(LOADED * served.total_expert_bytes)}
+    )
     return metrics(policy, local(served, REQUESTS, PROMPT, OUTPUT), served, BOX, max_concurrency=batch, **asked)
 
 
-def _slower(theirs: str, ours: str) -> float:
+def slower(theirs: str, ours: str) -> float:
     """Seconds per request, four at a time."""
     return _numbers(theirs, 4)["mean_e2el_ms"] / _numbers(ours, 4)["mean_e2el_ms"]
 
@@ -52,7 +54,7 @@ CLAIMS = (
             _ratio("eMoE", "gpu_mem", "prompt512", "all experts", 96),
             _ratio("eMoE", "gpu_mem", "prompt512 60% experts", "eMoE", 59),
         ),
-        lambda: _resident_bytes("all-resident") / _resident_bytes("eMoE"),
+        lambda: resident_bytes("all-resident") / resident_bytes("eMoE"),
         kind="memory",
         main=True,
         assumed=POOLED,
@@ -71,7 +73,7 @@ CLAIMS = (
         "latency of Mixtral-8x7B, over on-demand (static over on-demand in the paper)",
         5.0,
         (_ratio("on-demand", "calibration", "latency ratio on-demand/static", "static", 5.0),),
-        lambda: _slower("on-demand", "all-resident"),
+        lambda: slower("on-demand", "all-resident"),
         assumed=ASSUMED,
         why=WHY_MISSES,
     ),
@@ -80,7 +82,7 @@ CLAIMS = (
         "latency of Mixtral-8x7B, over Pre-gated MoE",
         2.4,
         (_ratio("Pre-gated MoE", "latency_ratio_min", "batch sweep", "eMoE-A/L", 2.4, "OpenMoE/Mixtral-8x7B"),),
-        lambda: _slower("Pre-gated", "eMoE"),
+        lambda: slower("Pre-gated", "eMoE"),
         assumed=f"{ASSUMED}; 2.4 to 3.5 in the paper",
         why=WHY_MISSES,
     ),
@@ -89,7 +91,7 @@ CLAIMS = (
         "latency of Mixtral-8x7B, over MoE-Infinity",
         1.25,
         (_ratio("MoE-Infinity", "latency_ratio_min", "batch sweep", "eMoE-A/L", 1.25, "OpenMoE/Mixtral-8x7B"),),
-        lambda: _slower("MoE-Infinity", "eMoE"),
+        lambda: slower("MoE-Infinity", "eMoE"),
         assumed=f"{ASSUMED}; 1.25 to 1.5 in the paper",
         why=WHY_MISSES,
     ),

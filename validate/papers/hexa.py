@@ -65,11 +65,7 @@ CLAIMS = (
         "HEXA-MoE",
         "training of Swin-MoE over Tutel and MegaBlocks, four RTX 4090",
         4.3,
-        (
-            Fact(
-                "HEXA-MoE", "train_speedup_max", "Swin-MoE S/B", "4xRTX4090", "4 experts", "Tutel/MegaBlocks", 4.3
-            ),
-        ),
+        (Fact("HEXA-MoE", "train_speedup_max", "Swin-MoE S/B", "4xRTX4090", "4 experts", "Tutel/MegaBlocks", 4.3),),
         None,
         why="training, on several devices with exchanges between them",
     ),

@@ -10,7 +10,9 @@ from validate.papers.claim import Claim, Fact
 from validate.papers.setup import plain
 
 TOKENS = 128
-ASSUMED = f"BERT-base with 8 experts in every layer, 4 used (defaults of the released code), {TOKENS} tokens per sequence"
+ASSUMED = (
+    f"BERT-base with 8 experts in every layer, 4 used (defaults of the released code), {TOKENS} tokens per sequence"
+)
 
 
 @cache
