@@ -14,9 +14,8 @@ CACHED = 64  # experts of 256
 BOX = machine("rtx-4090")
 PROMPT, OUTPUT = 128, 128
 ASSUMED = (
-    f"RTX 4090 (a second-hand note names it), {PROMPT} prompt and {OUTPUT} output tokens, over "
-    f"Mixtral-Offloading, whose "
-    f"code it builds on; {LOCALITY}; {GATES}"
+    f"RTX 4090 (a second-hand note names it), {PROMPT} prompt and {OUTPUT} output tokens, over Mixtral-Offloading, "
+    f"whose code it builds on; {LOCALITY}; {GATES}"
 )
 
 
@@ -65,8 +64,8 @@ CLAIMS = (
         kind="operations",
         assumed=GATES,
         why=(
-            "the released threshold drops 13 % of the experts by the authors' own table; the abstract's 25 "
-            "% is of another"
+            "the released threshold drops 13 % of the experts by the authors' own table; the abstract's 25 % is of "
+            "another"
         ),
     ),
 )

@@ -11,8 +11,8 @@ BOX = machine("a100-80gb-sxm", gpu__memory="160GiB")
 GPU = "2xA100-80GB"
 PROMPT, OUTPUT = 200, 50  # prompt: assumed; output: max_out_len of the released SQuAD configuration
 ASSUMED = (
-    f"two A100 layer after layer: one with the memory of both; experts in a loop, as transformers "
-    f"4.39 (released code) runs them; SQuAD: {PROMPT} prompt and {OUTPUT} output tokens"
+    "two A100 layer after layer: one with the memory of both; experts in a loop, as transformers 4.39 (released "
+    f"code) runs them; SQuAD: {PROMPT} prompt and {OUTPUT} output tokens"
 )
 KINDS = {
     "E8 k1": "EEP(experts=8, top_k=1)",

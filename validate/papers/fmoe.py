@@ -20,23 +20,19 @@ TPOT = {"DeepSpeed-Inference": 46, "Mixtral-Offloading": 38, "ProMoE": 27, "MoE-
 SMALL = {"DeepSpeed-Inference": 36, "Mixtral-Offloading": 25, "ProMoE": 16, "MoE-Infinity": 29}  # TPOT, 6 GB cache
 LIMIT, SIX_GB = 12 << 30, 6_000_000_000  # expert cache: cache_limit of the released configuration; section 6.4
 ASSUMED = (
-    f"one RTX 3090 and its link, not six; 12 GiB of cache (released configuration); {REQUESTS} requests of "
-    f"LMSYS's mean "
-    f"lengths; {LOCALITY}"
+    f"one RTX 3090 and its link, not six; 12 GiB of cache (released configuration); {REQUESTS} requests of LMSYS's "
+    f"mean lengths; {LOCALITY}"
 )
 GPU, SETTING = "6xRTX3090", "LMSYS+ShareGPT batch1"
 MODELS = "Mixtral-8x7B,Qwen1.5-MoE,Phi-3.5-MoE"
 LINKS = (
-    "the paper's six GPUs copy over a link each, so prefetches run beside demands; here they share one, "
-    "where each wrong name "
-    "is in the way. Drawn routing has no requests alike, which expert maps live by. Its baselines run in "
-    "fMoE's own fork, "
-    "with one cache for all layers; here they have the caches of their own papers"
+    "the paper's six GPUs copy over a link each, so prefetches run beside demands; here they share one, where each "
+    "wrong name is in the way. Drawn routing has no requests alike, which expert maps live by. Its baselines run in "
+    "fMoE's own fork, with one cache for all layers; here they have the caches of their own papers"
 )
 WHY = dict.fromkeys(("all", "Mixtral-Offloading", "ProMoE", "MoE-Infinity"), LINKS) | {
     "DeepSpeed-Inference": "here it moves whole layers, whatever the router says; the paper's loses far "
-    "less time to that. "
-    "On one link every system waits for all experts of a prompt alike"
+    "less time to that. On one link every system waits for all experts of a prompt alike"
 }
 
 

@@ -15,8 +15,8 @@ CASES = {
     "case3": (("case3 300W", 3.28), ("case3 100W", 9.42)),
 }
 WHY = (
-    "training: only what the shares divide is modelled; loading data, exchanging gradients and the optimiser are not, "
-    "and about half of the step seems to be those"
+    "training: only what the shares divide is modelled; loading data, exchanging gradients and the optimiser are "
+    "not, and about half of the step seems to be those"
 )
 
 

@@ -14,16 +14,13 @@ MODELS = {"Mixtral-8x7B": MIXTRAL, "Phi-3.5-MoE": PHI}
 ASSUMED = f"{LOCALITY}; {GATES}; eviction weights and memory split of HOBBIT as its system file has them"
 PLAIN, COOPERATIVE = "hobbit", "hobbit(variant='cooperative')"
 LINK = (
-    "copies take the link's rate here whoever asks for them; the paper's baselines are PyTorch programs "
-    "that do not reach it "
-    "(suspected: low-precision misses alone explain 1.34x, and simulated they do, target 2)"
+    "copies take the link's rate here whoever asks for them; the paper's baselines are PyTorch programs that do not "
+    "reach it (suspected: low-precision misses alone explain 1.34x, and simulated they do, target 2)"
 )
 PHASE = (
-    "HOBBIT computes prompts on the GPU only and absent experts of a decode step on the CPU; here one rule "
-    "holds for both, "
-    "and an expert that is on its way is waited for although the CPU would be quicker. Fiddler's and "
-    "llama.cpp's CPU kernels "
-    "slow down with the tokens of a prompt more than the catalogue's"
+    "HOBBIT computes prompts on the GPU only and absent experts of a decode step on the CPU; here one rule holds "
+    "for both, and an expert that is on its way is waited for although the CPU would be quicker. Fiddler's and "
+    "llama.cpp's CPU kernels slow down with the tokens of a prompt more than the catalogue's"
 )
 WHY = {"Mixtral-Offloading": LINK, "MoE-Infinity": LINK, "llama.cpp": PHASE, "Fiddler": PHASE}
 

@@ -9,16 +9,15 @@ from validate.papers.setup import MIXTRAL, TRANSFORMERS, gpu_bytes, machine, met
 ONE = machine("a100-80gb-sxm")
 SEVERAL = {2: machine("a100-80gb-sxm", gpu__memory="160GiB"), 4: machine("a100-80gb-sxm", gpu__memory="320GiB")}
 POOLED = (
-    "several A100 one after the other, layer by layer: one with the memory of all; experts in a loop, "
-    "as transformers (released code) runs them"
+    "several A100 one after the other, layer by layer: one with the memory of all; experts in a loop, as "
+    "transformers (released code) runs them"
 )
 OUTPUT = 32
 BIG = "mixtral-8x22b-v0.1"
 GPUS = {MIXTRAL: 2, BIG: 4}
 WHY_TIME = (
-    "launching a layer takes 0.74 ms in the catalogue (eager_us, measured elsewhere), more than the 0.47 ms "
-    "in which the "
-    "paper's layers run; launches and kernels overlap there and add up here"
+    "launching a layer takes 0.74 ms in the catalogue (eager_us, measured elsewhere), more than the 0.47 ms in "
+    "which the paper's layers run; launches and kernels overlap there and add up here"
 )
 
 

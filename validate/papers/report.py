@@ -39,8 +39,8 @@ def headline(result: dict[str, Any]) -> str:
     return (
         f"papers: {result['status'].upper()}; {s['main_reproduced']} of {s['main']} main claims within a factor "
         f"{result['factor']:g} ({s['main_directions_wrong']} in the wrong direction); of all claims "
-        f"{s['reproduced']} of "
-        f"{s['claims']} ({s['directions_wrong']} in the wrong direction), {s['not_set_up']} not set up"
+        f"{s['reproduced']} of {s['claims']} ({s['directions_wrong']} in the wrong direction), {s['not_set_up']} not "
+        "set up"
     )
 
 
@@ -55,15 +55,15 @@ def markdown(result: dict[str, Any]) -> str:
     s = result["summary"]
     kinds = ", ".join(f"{kind} {good} of {count}" for kind, (good, count) in s["by_kind"].items())
     lines = [f"**{s['main_reproduced']} of {s['main']}** main claims are within a factor {result['factor']:g}, "
-             f"{s['main_directions_wrong']} of them in the wrong direction; of all claims {s['reproduced']} "
-             f"of {s['claims']}, "
-             f"{s['directions_wrong']} in the wrong direction ({kinds}); {s['not_set_up']} are not set up.",
+             f"{s['main_directions_wrong']} of them in the wrong direction; of all claims {s['reproduced']} of "
+             f"{s['claims']}, {s['directions_wrong']} in the wrong direction ({kinds}); {s['not_set_up']} are not "
+             "set up.",
              "", "### Main claims", ""]  # fmt: skip
     lines += _table([row for row in result["claims"] if row["main"]], reasons=True)
     lines += ["", "### Targets", "", "| | target | reported | computed | holds | |", "|--:|---|---|---|---|---|"]
     lines += [
-        f"| {r['number']} | {r['what']} | {r['reported']} | {r['computed']} | "
-        f"{'yes' if r['holds'] else '**no**'} | {r['remark']} |"
+        f"| {r['number']} | {r['what']} | {r['reported']} | {r['computed']} | {'yes' if r['holds'] else '**no**'} | "
+        f"{r['remark']} |"
         for r in result["targets"]
     ]
     lines += ["", "### Every claim", ""]

@@ -15,14 +15,12 @@ from validate.papers.setup import TRANSFORMERS, machine, metrics, model, plain
 BOX = machine("rtx-4070-super")
 TOKENS = 4096
 WHY = (
-    "the kernel's times are a fit to one sweep; the paper's layers gain less than its kernels do, and at "
-    "16384 x 6144 its "
-    "kernel falls to half its rate (figure 13), which the fit does not hold"
+    "the kernel's times are a fit to one sweep; the paper's layers gain less than its kernels do, and at 16384 x "
+    "6144 its kernel falls to half its rate (figure 13), which the fit does not hold"
 )
 WHY_SMALL = (
-    "60 experts of 273 tokens: what one expert launches decides, and on the paper's host the loop of "
-    "transformers costs "
-    "more than launches measured on an H200's"
+    "60 experts of 273 tokens: what one expert launches decides, and on the paper's host the loop of transformers "
+    "costs more than launches measured on an H200's"
 )
 # Of table 2: experts, width of model and expert; experts per token are those of the models' own files.
 SHAPES = {

@@ -147,8 +147,7 @@ def mc_targets() -> list[Target]:
     halves = mc.speedup("MC")
     return [
         Target(5, "MC: time = a + b bytes over table 4", "a floor", (
-            f"a = {floor:.0%} of the time at 16 "
-            f"bits"
+            f"a = {floor:.0%} of the time at 16 bits"
         ), error < 0.1,
                f"worst error {error:.1%}"),
         _value(5, "MC: speed-up at 2.54 bits (table 4), 5.8 times fewer bytes", 1.63, halves, "x",
