@@ -27,7 +27,7 @@ class Fact(NamedTuple):
 class Claim:
     """Every claim is a ratio: baseline over system, above 1 where the system is better.
 
-    main: the one of its paper that the summary counts. predict: None where it is not set up; `why` says what is missing.
+    main: the one of its paper that the summary counts. predict: None where it is not set up; `why` says why not.
     kind: what the ratio is of: time, memory or operations. assumed: what stands in where the paper is silent. why: the
     reason, known or suspected, where the prediction is off.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,41 @@ def save(result: dict[str, Any], directory: Path) -> None:
 
 
 def picture(result: dict[str, Any]) -> Any:
-    """Predicted against reported ratios on log axes, with the band of a factor 1.25; main claims larger and named."""
-    from moesim.plots import predicted_against_measured
+    """Predicted against reported ratios on log axes, by what became of them; main claims are larger and named."""
+    import plotly.graph_objects as go
+
+    from moesim.plots import BLUE, GREEN, GREY, ORANGE
 
     rows = [row for row in result["claims"] if "predicted" in row]
-    points: dict[str, list[tuple[float, float, str]]] = {}
-    for row in rows:
-        points.setdefault(row["system"], []).append((row["reported"], row["predicted"], row["claim"]))
-    figure = predicted_against_measured("speed-ups and savings", points, result["factor"] - 1)
+    ends = [0.2, 12.0]
+    figure = go.Figure()
+    for factor, name in (
+        (1.0, "exact"),
+        (result["factor"], f"a factor {result['factor']:g}"),
+        (1 / result["factor"], ""),
+    ):
+        line = {"color": GREY, "width": 1, "dash": "solid" if factor == 1 else "dot"}
+        figure.add_scatter(
+            x=ends, y=[factor * end for end in ends], mode="lines", name=name, showlegend=bool(name), line=line
+        )
+    for status, colour in (("reproduced", GREEN), ("off", ORANGE), ("wrong direction", BLUE)):
+        for main in (False, True):
+            found = [row for row in rows if row["status"] == status and row["main"] == main]
+            figure.add_scatter(
+                x=[row["reported"] for row in found], y=[row["predicted"] for row in found],
+                name=f"{status}{', main claims' if main else ''}", showlegend=bool(found),
+                mode="markers+text" if main else "markers", text=[row["system"] for row in found] if main else None,
+                textposition="top center", textfont={"size": 11},
+                marker={"color": colour, "size": 12 if main else 6, "symbol": "diamond" if main else "circle",
+                        "opacity": 1 if main else 0.6},
+            )  # fmt: skip
+    ticks = [0.2, 0.5, 1, 2, 5, 10]
+    for axis, title in (("x", "reported"), ("y", "predicted")):
+        span = [math.log10(end) for end in (ends if axis == "y" else [0.9, 8])]
+        figure.update_layout({
+            f"{axis}axis": {"type": "log", "range": span, "title": f"{title}: baseline over system", "tickvals": ticks},
+        })  # fmt: skip
+    figure.update_layout(
+        title="Claims of twelve papers: predicted against reported", template="plotly_white", width=900, height=640
+    )
     return figure
