@@ -115,7 +115,7 @@ def picture(result: dict[str, Any]) -> Any:
     from moesim.plots import BLUE, GREEN, GREY, ORANGE
 
     rows = [row for row in result["claims"] if "predicted" in row]
-    ends = [0.2, 12.0]
+    ends = [0.2, 70.0]
     figure = go.Figure()
     for factor, name in (
         (1.0, "exact"),
@@ -133,11 +133,11 @@ def picture(result: dict[str, Any]) -> Any:
                 x=[row["reported"] for row in found], y=[row["predicted"] for row in found],
                 name=f"{status}{', main claims' if main else ''}", showlegend=bool(found),
                 mode="markers+text" if main else "markers", text=[row["system"] for row in found] if main else None,
-                textposition="top center", textfont={"size": 11},
+                textposition=_sides(found), textfont={"size": 11},
                 marker={"color": colour, "size": 12 if main else 6, "symbol": "diamond" if main else "circle",
                         "opacity": 1 if main else 0.6},
             )  # fmt: skip
-    ticks = [0.2, 0.5, 1, 2, 5, 10]
+    ticks = [0.2, 0.5, 1, 2, 5, 10, 20, 50]
     for axis, title in (("x", "reported"), ("y", "predicted")):
         span = [math.log10(end) for end in (ends if axis == "y" else [0.9, 8])]
         figure.update_layout({
@@ -147,3 +147,12 @@ def picture(result: dict[str, Any]) -> Any:
         title="Claims of twelve papers: predicted against reported", template="plotly_white", width=900, height=640
     )
     return figure
+
+
+def _sides(rows: list[dict[str, Any]]) -> list[str]:
+    """Where names go, so that neighbours along the diagonal do not cover each other."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["reported"], rows[i]["predicted"]))
+    sides = [""] * len(rows)
+    for place, i in enumerate(order):
+        sides[i] = ("middle left", "middle right")[place % 2]
+    return sides
