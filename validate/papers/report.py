@@ -10,6 +10,10 @@ from moesim.files import write_text
 from moesim.output import to_json
 
 PICTURE = "papers.svg"
+SIDES = {  # of a main claim, where its name covers no other
+    "SiDA": "middle left", "HEXA-MoE": "middle left", "Samoyeds": "top right", "EEP": "middle left",
+    "SEER-MoE": "bottom right", "AdapMoE": "bottom left", "fMoE": "bottom left",
+}  # fmt: skip
 
 
 def text(result: dict[str, Any]) -> str:
@@ -133,7 +137,7 @@ def picture(result: dict[str, Any]) -> Any:
                 x=[row["reported"] for row in found], y=[row["predicted"] for row in found],
                 name=f"{status}{', main claims' if main else ''}", showlegend=bool(found),
                 mode="markers+text" if main else "markers", text=[row["system"] for row in found] if main else None,
-                textposition=_sides(found), textfont={"size": 11},
+                textposition=[SIDES.get(row["system"], "middle right") for row in found], textfont={"size": 11},
                 marker={"color": colour, "size": 12 if main else 6, "symbol": "diamond" if main else "circle",
                         "opacity": 1 if main else 0.6},
             )  # fmt: skip
@@ -144,15 +148,6 @@ def picture(result: dict[str, Any]) -> Any:
             f"{axis}axis": {"type": "log", "range": span, "title": f"{title}: baseline over system", "tickvals": ticks},
         })  # fmt: skip
     figure.update_layout(
-        title="Claims of twelve papers: predicted against reported", template="plotly_white", width=900, height=640
+        title="Claims of twelve papers: predicted against reported", template="plotly_white", width=900, height=760
     )
     return figure
-
-
-def _sides(rows: list[dict[str, Any]]) -> list[str]:
-    """Where names go, so that neighbours along the diagonal do not cover each other."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["reported"], rows[i]["predicted"]))
-    sides = [""] * len(rows)
-    for place, i in enumerate(order):
-        sides[i] = ("middle left", "middle right")[place % 2]
-    return sides
