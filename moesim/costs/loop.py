@@ -31,7 +31,7 @@ def _loop(costs: Roofline, model: Model, active: int, pairs: int, nbytes: float,
     """Finding an expert's tokens waits for the GPU, so nothing of one expert overlaps with the next."""
     if not active or not pairs:
         return 0.0
-    launching = (AROUND + model.ffn_matrices) * costs.terms.launch_us * 1e-6
+    launching = costs.launches(AROUND + model.ffn_matrices)
     rows = math.ceil(pairs / active)
     moved = nbytes + 2 * rows * (2 * model.hidden + model.ffn_matrices * model.expert_ffn)
     computing = costs.gemm(rows, model.expert_params, moved, bits, kernels=model.ffn_matrices)

@@ -174,7 +174,7 @@ def test_every_term_changes_something(name: str) -> None:
         costs = Roofline(replace(machine, efficiencies=tuple(given.items())), graph=False)
         rates = [costs.copy_gbps, costs.duplex_gbps, costs.host_gbps, costs.read_gbps]
         small, large = every(costs, 1, 1000, 1), every(costs, 5000, 10**8, 4)
-        return [*rates, *small, *large, costs.attention(0, 1e12), costs.host_expert(1, 10**8, 1)]
+        return [*rates, *small, *large, costs.attention(0, 1e12), costs.host_expert(1, 10**8, 1), costs.launches(1)]
 
     value = terms()[name].default
     assert answers(**{name: value}) == answers()
