@@ -29,6 +29,7 @@ class Efficiencies:
     attention_us: float
     layer_us: float
     eager_us: float
+    launch_us: float
     route_us: float
     step_us: float
     sample_us: float
@@ -58,7 +59,7 @@ RESOURCES = {  # whose terms err together
         "hbm", "hbm_grouped", "hbm_attention", "mfu", "mfu_grouped", "mfu_attention", "kernel_us", "grouped_us",
         "attention_us", "layer_us",
     ),
-    "engine": ("eager_us", "route_us", "step_us", "sample_us", "handoff_us"),
+    "engine": ("eager_us", "launch_us", "route_us", "step_us", "sample_us", "handoff_us"),
     "host": (
         "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_gflops", "core_server",
         "numa_duplicated", "numa_split", "numa_cores",

@@ -26,13 +26,16 @@ _ALL_TO_ALL = ("dispatch", "combine")  # of tokens to the GPUs that hold their e
 PREFERRED = "vllm"  # engine whose kernels are taken where a profile holds those of several
 
 
-def costs_of(machine: Machine, scale: str = "default") -> Roofline:
-    """Costs of `machine` from its profile, or from its specification sheet where it has none."""
+def costs_of(machine: Machine, scale: str = "default", graph: bool = True) -> Roofline:
+    """Costs of `machine` from its profile, or from its specification sheet where it has none.
+
+    graph: kernels are launched as CUDA graphs.
+    """
     if not machine.profile:
-        return Roofline(machine, scale)
+        return Roofline(machine, scale, graph)
     from moesim.profile import read_profile
 
-    return Fitted(machine, read_profile(machine.profile), scale)
+    return Fitted(machine, read_profile(machine.profile), scale, graph)
 
 
 class Fitted(Roofline):

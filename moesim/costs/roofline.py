@@ -118,6 +118,10 @@ class Roofline:
         """A layer's small kernels, which move `nbytes` of activations, and its launch outside a CUDA graph."""
         return self._eager + self.terms.layer_us * 1e-6 + nbytes / (self._hbm * self.terms.hbm)
 
+    def launches(self, kernels: int) -> float:
+        """The host launches so many kernels one by one, outside a CUDA graph."""
+        return kernels * self.terms.launch_us * 1e-6
+
     def routing(self) -> float:
         """The host reads a layer's routing before it can bring experts in."""
         return self.terms.route_us * 1e-6

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesim.costs.ceiling import ceiling_seconds
 from moesim.costs.layers import ACTIVATION_BYTES, LayerCosts
+from moesim.costs.loop import active_seconds, all_seconds
 from moesim.costs.roofline import Roofline
 from moesim.costs.samoyeds import grouped_seconds
 from moesim.costs.sparse import grouped_seconds as sparse24_seconds
@@ -32,6 +33,8 @@ KERNELS: dict[str, Callable[[Roofline, Model, int, int, float, float], float]] =
     "grouped": _grouped,
     "samoyeds": grouped_seconds,
     "sparse24": sparse24_seconds,
+    "loop": active_seconds,
+    "loop-all": all_seconds,
 }
 
 

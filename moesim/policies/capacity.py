@@ -22,16 +22,21 @@ class Capacity(Protocol):
 
 @dataclass(frozen=True)
 class Even:
-    """Every layer the same number of slots, earlier layers at most one more; never more than `most`, if given."""
+    """Every layer the same number of slots, earlier layers at most one more; never more than `most`, if given.
+
+    equal: no layer one more: what is left over stays unused, unless there is less than a slot for every layer.
+    """
 
     most: int | None = None
+    equal: bool = False
 
     def __post_init__(self) -> None:
         if self.most is not None and self.most < 1:
             raise PolicyError(f"capacity.most {self.most} must be at least 1 expert; leave the cache out for none")
 
     def split(self, total: int, expert_bytes: Sequence[int], experts: int) -> tuple[int, ...]:
-        sizes = split_by_layer(total, expert_bytes)
+        each = total // sum(expert_bytes) if self.equal else 0
+        sizes = split_by_layer(each * sum(expert_bytes) if each else total, expert_bytes)
         if self.most is None:
             return sizes
         return tuple(min(size, self.most * one) for size, one in zip(sizes, expert_bytes, strict=True))

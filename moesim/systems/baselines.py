@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moesim.policies import BELADY, FIFO, HOT, LFU, LRU, RANDOM, Eviction, Misses, Parallel, Placement, Transfer
+from moesim.policies import BELADY, FIFO, HOT, LFU, LRU, RANDOM, Even, Eviction, Misses, Parallel, Placement, Transfer
 from moesim.prediction import NoPrediction, Oracle
 from moesim.systems.system import System
 
@@ -93,6 +93,7 @@ def mixtral_offloading(recall: float = 0.0) -> System:
     return System(
         "Mixtral-Offloading",
         eviction=LRU,
+        capacity=Even(equal=True),  # its code is told how many experts every layer keeps
         transfer=Transfer("expert", write_back=True),
         predictor=Oracle(recall, wraps=False) if recall else NoPrediction(),
         source="arXiv 2312.17238 and its released code",

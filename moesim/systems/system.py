@@ -63,6 +63,7 @@ class System:
     expert_bits: float | None = None  # None = as the model comes
     transforms: tuple[Transform, ...] = ()  # applied to model and trace, in order, before anything else sees them
     kernel: str = "grouped"  # what computes experts on the device
+    graph: bool = True  # kernels are replayed as CUDA graphs, not launched one by one as transformers does
     source: str = ""
     quality: Quality | None = None  # where outputs change: the accuracy its authors published
     notes: tuple[str, ...] = ()  # what a reader of the result must know

@@ -176,7 +176,8 @@ def test_every_term_changes_something(name: str) -> None:
         small, large = every(costs, 1, 1000, 1), every(costs, 5000, 10**8, 4)
         apart = Roofline(replace(costs.machine, gpu=replace(machine.gpu, nvlink_gbps=None)))
         exchanges = [one.exchange("all_reduce", 10**8, 8) for one in (costs, apart)]
-        return [*rates, *small, *large, *exchanges, costs.attention(0, 1e12), costs.host_expert(1, 10**8, 1)]
+        alone = costs.attention(0, 1e12), costs.host_expert(1, 10**8, 1), costs.launches(1)
+        return [*rates, *small, *large, *exchanges, *alone]
 
     value = terms()[name].default
     assert answers(**{name: value}) == answers()

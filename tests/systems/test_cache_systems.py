@@ -260,6 +260,9 @@ def test_ktransformers_keeps_the_hottest_experts_it_is_given_room_for():
     out = serve(trace, "KTransformers(gpu_experts=1)", 3)
     assert (out.counts.hits, out.counts.hosted) == (3, 3)
     assert Even(most=1).split(50, [10, 10], 8) == (10, 10)
+    assert Even().split(50, [10, 10], 8) == (30, 20) and Even(equal=True).split(50, [10, 10], 8) == (20, 20)
+    assert Even(equal=True).split(10, [10, 10], 8) == (10, 0), "less than a slot for every layer"
+    assert load_system("Mixtral-Offloading").capacity == Even(equal=True), "so many per layer, says its code"
 
 
 def test_a_partly_copied_prefetch_goes_on_when_a_demand_waits_for_its_slot():

@@ -1,0 +1,1 @@
+"""What the papers report, set up again: each system beside its own baselines (docs/papers.md)."""

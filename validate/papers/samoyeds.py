@@ -1,0 +1,116 @@
+"""Samoyeds (arXiv 2503.10725, figures 14 and 15, table 3): one MoE layer, one decoder layer, RTX 4070 Super."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from moesim.costs.roofline import Roofline
+from moesim.costs.table import CostTable
+from moesim.model import Model
+from moesim.question import compose
+from validate.papers.claim import Claim, Fact, mean
+from validate.papers.setup import TRANSFORMERS, machine, metrics, model, plain
+
+BOX = machine("rtx-4070-super")
+TOKENS = 4096
+WHY = (
+    "the kernel's times are a fit to one sweep; the paper's layers gain less than its kernels do, and at 16384 x "
+    "6144 its kernel falls to half its rate (figure 13), which the fit does not hold"
+)
+WHY_SMALL = (
+    "60 experts of 273 tokens: what one expert launches decides, and on the paper's host the loop of transformers "
+    "costs more than launches measured on an H200's"
+)
+# Of table 2: experts, width of model and expert; experts per token are those of the models' own files.
+SHAPES = {
+    "MiniCPM-MoE": (8, 2304, 5760, 2), "OpenMoE-34B": (32, 3072, 12288, 2), "Mixtral-8x7B": (8, 4096, 14336, 2),
+    "Mixtral-8x22B": (8, 6144, 16384, 2), "Qwen2-MoE": (60, 2048, 1408, 4), "DeepSeek-MoE": (64, 2048, 1408, 6),
+}  # fmt: skip
+LAYER = {
+    "MiniCPM-MoE": 1.59, "OpenMoE-34B": 1.38, "Mixtral-8x7B": 1.68, "Mixtral-8x22B": 1.08, "Qwen2-MoE": 1.49,
+    "DeepSeek-MoE": 1.48,
+}  # fmt: skip
+DECODER = {
+    "MiniCPM-MoE": 1.287, "OpenMoE-34B": 2.361, "Mixtral-8x7B": 1.444, "Mixtral-8x22B": 1.011, "Qwen2-MoE": 1.114,
+    "DeepSeek-MoE": 1.304,
+}  # fmt: skip
+BATCH = {"OpenMoE-34B": (1, 2048), "Qwen2-MoE": (16, 4096), "DeepSeek-MoE": (16, 4096)}  # others: 1 x 4096
+
+
+@cache
+def one_layer(name: str) -> Model:
+    """One decoder layer, attention of 128 wide heads; 4070 Super holds no more."""
+    experts, hidden, ffn, top_k = SHAPES[name]
+    heads = hidden // 128
+    return replace(
+        model("mixtral-8x7b-v0.1"), name=name, layers=1, moe_layers=(0,), hidden=hidden, experts=experts, top_k=top_k,
+        expert_ffn=ffn, heads=heads, kv_heads=heads, head_dim=128, vocab=1,
+    )  # fmt: skip
+
+
+@cache
+def layer_seconds(name: str, kernel: str) -> float:
+    """The routed experts of one layer, `TOKENS` tokens spread evenly."""
+    served = one_layer(name)
+    bits = compose("Samoyeds").expert_bits if kernel == "samoyeds" else None
+    table = CostTable(served.with_precision(expert_bits=bits), BOX, Roofline(BOX), False, kernel)
+    return table.grouped_ns(served.experts, TOKENS * served.top_k) / 1e9
+
+
+def _layer(name: str) -> float:
+    return layer_seconds(name, "loop") / layer_seconds(name, "samoyeds")
+
+
+def _decoder(name: str) -> float:
+    served, (batch, length) = one_layer(name), BATCH.get(name, (1, 4096))
+    trace = plain(served, batch, length, 0)
+    asked = {"max_concurrency": batch, "max_batch_tokens": batch * length}
+    dense = metrics("all-resident", trace, served, BOX, TRANSFORMERS, **asked)["duration_s"]
+    return float(dense / metrics("Samoyeds", trace, served, BOX, ("graph=false",), **asked)["duration_s"])
+
+
+def _facts(metric: str, setting: str, values: dict[str, float]) -> dict[str, Fact]:
+    return {n: Fact("Samoyeds", metric, n, "RTX4070S", setting, "Transformers", v) for n, v in values.items()}
+
+
+LAYER_FACTS = _facts("moe_layer_speedup", "4096 tokens, no shared experts", LAYER)
+DECODER_FACTS = _facts(
+    "decoder_layer_speedup", "flash-attn2; seq4096 (OpenMoE 2048) bs1 (Qwen2/DeepSeek bs16)", DECODER
+)
+
+CLAIMS = (
+    Claim(
+        "Samoyeds",
+        "MoE layer over Transformers, mean of six models",
+        mean(list(LAYER.values())),
+        tuple(LAYER_FACTS.values()),
+        lambda: mean([_layer(name) for name in SHAPES]),
+        main=True,
+        assumed="tokens spread evenly over the experts",
+        why=WHY,
+    ),
+    *(
+        Claim(
+            "Samoyeds",
+            f"MoE layer, {name}, over Transformers",
+            fact.value,
+            (fact,),
+            lambda n=name: _layer(n),
+            why=WHY_SMALL if name == "Qwen2-MoE" else WHY,
+        )
+        for name, fact in LAYER_FACTS.items()
+    ),
+    *(
+        Claim(
+            "Samoyeds",
+            f"decoder layer, {name}, over Transformers",
+            fact.value,
+            (fact,),
+            lambda n=name: _decoder(n),
+            assumed="attention with as many KV heads of 128 as fit the width",
+            why=WHY,
+        )
+        for name, fact in DECODER_FACTS.items()
+    ),
+)
