@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moesim.errors import MoesimError
-from moesim.run_report import _figures, read_summary, write_report
+from moesim.run_report import figures, read_summary, write_report
 
 
 @pytest.fixture
@@ -38,16 +38,16 @@ def test_the_page_holds_the_run_and_loads_nothing(call, saved):
 
 def test_figures_show_the_numbers_of_the_summary(saved):
     summary = read_summary(saved)
-    figures = {figure.layout.title.text: figure for figure in _figures(summary, saved)}
-    path = figures["Where the critical path goes"].data[0]
+    drawn = {figure.layout.title.text: figure for figure in figures(summary, saved)}
+    path = drawn["Where the critical path goes"].data[0]
     assert sum(path.x) == pytest.approx(100)
-    speed = figures["Beside the four anchors"].data[0]
+    speed = drawn["Beside the four anchors"].data[0]
     assert speed.x[0] == summary["anchors"]["of_sample"]["policy"]["output_throughput"]
-    hits = next(bar for bar in figures["Lookups by MoE layer"].data if bar.name == "hits")
+    hits = next(bar for bar in drawn["Lookups by MoE layer"].data if bar.name == "hits")
     table = pq.read_table(saved / "layers.parquet").to_pandas().groupby("layer")[["hits", "lates", "misses"]].sum()
     assert table["hits"].sum() == summary["metrics"]["hits"]
     assert list(hits.y) == pytest.approx(list(100 * table["hits"] / table.sum(axis=1)))
-    requests = next(line for line in figures["Latency of requests"].data if line.name == "E2EL")
+    requests = next(line for line in drawn["Latency of requests"].data if line.name == "E2EL")
     assert sum(requests.x) / len(requests.x) == pytest.approx(summary["metrics"]["mean_e2el_ms"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,16 +280,17 @@ def _pin(asked: Asked, summary: dict[str, Any]) -> None:
 
 
 def _downloads(job: Job, summary: dict[str, Any]) -> None:
-    a, b, c, d = st.columns(4)
-    a.download_button("Summary (JSON)", to_json(summary) + "\n", "summary.json", "application/json", width="stretch")
     command = shlex.join(["moesim", *job.words])
-    b.download_button("Command", command + "\n", "moesim.sh", "text/plain", width="stretch")
+    files: list[tuple[str, Any, str, str]] = [
+        ("Summary (JSON)", to_json(summary) + "\n", "summary.json", "application/json"),
+        ("Command", command + "\n", "moesim.sh", "text/plain"),
+    ]
     requests = job.folder / "run" / "requests.parquet"
     if requests.is_file():
-        c.download_button("Requests (Parquet)", requests.read_bytes(), "requests.parquet", width="stretch")
-        d.download_button(
-            "Report (HTML)", lambda: _report(job.folder / "run"), "report.html", "text/html", width="stretch"
-        )
+        files.append(("Requests (Parquet)", requests.read_bytes(), "requests.parquet", "application/octet-stream"))
+        files.append(("Report (HTML)", partial(_report, job.folder / "run"), "report.html", "text/html"))
+    for column, (label, data, name, kind) in zip(st.columns(4), files, strict=False):
+        column.download_button(label, data, name, kind, width="stretch", on_click="ignore")
     st.code(command, language=None)
 
 

@@ -1,0 +1,269 @@
+"""The dashboard: addresses and commands, jobs, every page's logic; in a browser: controls, links, files, cancel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesim.dashboard.jobs import start
+from moesim.dashboard.state import EXAMPLES, MAX_BYTES, Asked, Files, from_query, to_query, words
+from moesim.errors import MoesimError
+from tests.conftest import ROOT
+
+TRACES = ROOT / "traces"
+APP = ROOT / "moesim" / "dashboard" / "app.py"
+QUICK = {"trace": "tiny-moe-8x16.parquet", "slots": "8", "prompts": "3"}
+
+counts = st.none() | st.integers(1, 5000)
+asked = st.builds(
+    Asked, st.sampled_from(["", "a.parquet"]), st.sampled_from(["", "mixtral-8x7b", "ü x&y"]), st.just("8xh200"),
+    st.sampled_from(["LRU", "LRU(scope='global')"]), counts, counts, st.none() | st.floats(0.01, 900), counts,
+    st.integers(1, 999), st.integers(2, 999), st.none() | st.floats(0.01, 9e4), st.none() | st.floats(0.01, 9e4),
+    st.integers(0, 99),
+)  # fmt: skip
+
+
+@given(asked)
+def test_an_address_brings_back_what_was_asked(one):
+    assert from_query(to_query(one)) == (one, [])
+
+
+def test_a_bad_address_is_noted_and_the_default_taken():
+    found, notes = from_query({"slots": "many", "rate": "-1", "seed": "3", "other": "x", "ttft": "nan"})
+    assert found == Asked(seed=3) and len(notes) == 3 and "slots=many" in notes[0]
+
+
+def test_every_control_reaches_the_command(tmp_path):
+    files = Files(None, tmp_path)
+    default = words(Asked(), files)
+    changed = {"model": "mixtral-8x7b", "machine": "h200", "policy": "LFU", "slots": 3, "users": 4, "rate": 2.5,
+               "prompts": 7, "input": 9, "output": 8, "ttft": 100.0, "tpot": 10.0, "seed": 5}  # fmt: skip
+    assert {"trace", *changed} == {f.name for f in fields(Asked)}
+    for name, value in changed.items():
+        assert words(Asked(**{name: value}), files) != default, name
+
+
+def test_files_of_the_server_are_not_for_the_asking(tmp_path):
+    files = Files(TRACES, tmp_path / "uploads")
+    with pytest.raises(FileNotFoundError, match="no trace is called"):
+        files.trace("../../etc/passwd")
+    with pytest.raises(FileNotFoundError, match="upload yours"):
+        files.known("/etc/hosts")
+    with pytest.raises(ValueError, match="upload a trace"):
+        files.add("run.sh", b"x")
+    with pytest.raises(ValueError, match="may have"):
+        files.add("big.json", b" " * (MAX_BYTES[".json"] + 1))
+    with pytest.raises(MoesimError):
+        files.add("../../bad.parquet", b"PAR1 not really")
+    assert not any((tmp_path / "uploads").iterdir())
+    name = files.add("../up.parquet", (TRACES / "tiny-moe-8x16.parquet").read_bytes())
+    assert files.trace(name).parent == tmp_path / "uploads" and name in files.traces()
+
+
+def test_a_job_answers_what_the_command_line_says_and_only_once(tmp_path):
+    files = Files(TRACES, tmp_path / "uploads")
+    one, _ = from_query(QUICK)
+    command = words(one, files)
+    job = start(command, tmp_path / "results", saved=True)
+    job.process.wait()
+    said = subprocess.run([sys.executable, "-c", "from moesim.cli import main; main()", *command, "--json"],
+                          capture_output=True, text=True, check=True, cwd=ROOT)  # fmt: skip
+    assert job.answer["metrics"] == json.loads(said.stdout)["metrics"]
+    assert (job.folder / "run" / "requests.parquet").is_file()
+    assert start(command, tmp_path / "results", saved=True).process is None
+
+
+def test_a_job_that_fails_or_is_cancelled_leaves_no_answer(tmp_path):
+    failed = start(["replay", "nowhere.parquet"], tmp_path)
+    failed.process.wait()
+    assert failed.answer is None and "nowhere.parquet" in failed.error
+    stopped = start(["replay", str(TRACES / "tiny-moe-8x16.parquet")], tmp_path)
+    stopped.cancel()
+    assert not stopped.running and stopped.answer is None and stopped.error == "stopped"
+
+
+# -- pages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """Run a page with a query until its jobs are done."""
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setenv("MOESIM_TRACES", str(TRACES))
+    monkeypatch.setenv("MOESIM_CACHE_DIR", str(tmp_path))
+
+    def ran(query: dict[str, str]) -> AppTest:
+        app = AppTest.from_file(str(APP), default_timeout=60)
+        for key, value in query.items():
+            app.query_params[key] = value
+        app.run()
+        return settled(app)
+
+    return ran
+
+
+def settled(app):
+    for _ in range(100):
+        assert not app.exception, app.exception
+        if not any(job.running for job in app.session_state["jobs"].values()):
+            return app.run()
+        time.sleep(0.3)
+        app.run()
+    raise AssertionError("a job did not end")
+
+
+def test_the_first_page_shows_what_the_command_line_says(page):
+    app = page(QUICK)
+    answer = app.session_state["jobs"]["replay"].answer
+    assert app.metric[0].value == f"{answer['metrics']['output_throughput']:.4g}"
+    assert "FITS" in app.success[0].value
+    assert any("specification sheets" in info.value for info in app.info)
+
+
+def test_pinning_compares_with_what_is_chosen_next(page):
+    app = page(QUICK)
+    next(b for b in app.button if b.label == "Pin as A").click().run()
+    next(n for n in app.number_input if n.label == "Expert slots").set_value(4).run()
+    app = settled(app)
+    told = [m.value for m in app.markdown if "Against A" in m.value]
+    assert told and "slots 8 to 4" in told[0]
+
+
+def test_a_bad_value_in_the_address_is_said(page):
+    assert "slots=lots" in page(QUICK | {"slots": "lots"}).warning[0].value
+
+
+def test_what_cannot_be_is_an_error_in_words(page):
+    app = page(QUICK | {"policy": "LRUU"})
+    assert any("LRU" in error.value for error in app.error)
+
+
+def test_an_infeasible_question_is_answered(page):
+    app = page({"model": "mixtral-8x7b", "policy": "all-resident", "prompts": "1", "input": "4", "output": "4"})
+    assert any("OOM" in w.value for w in [*app.warning, *app.error])
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_examples_make_sense(name, tmp_path):
+    one = EXAMPLES[name]
+    assert from_query(to_query(one)) == (one, [])
+    assert words(one, Files(TRACES, tmp_path))
+
+
+# -- in a browser -------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no chromium; install the package of that name")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"MOESIM_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from moesim.cli import main; main()", "dashboard", "--no-browser",
+               "--port", str(port), "--traces", str(TRACES)]  # fmt: skip
+    server = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                break
+        time.sleep(0.2)
+    yield f"http://localhost:{port}"
+    os.killpg(server.pid, 15)
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(served, browser):
+    pages = []
+
+    def open_page(path: str = "", **query: str):
+        pages.append(browser.new_page(viewport={"width": 1366, "height": 1800}))
+        pages[-1].set_default_timeout(90_000)
+        address = "&".join(f"{name}={value}" for name, value in (QUICK | query).items())
+        pages[-1].goto(f"{served}/{path}?{address}")
+        return pages[-1]
+
+    yield open_page
+    for one in pages:
+        one.close()
+
+
+def test_browser_first_page_controls_link_and_downloads(opened):
+    page = opened()
+    page.get_by_text("output tok/s").first.wait_for()
+    slots = page.get_by_role("spinbutton", name="Expert slots")
+    slots.fill("4")
+    slots.press("Enter")
+    page.wait_for_function("location.search.includes('slots=4')")
+    page.get_by_text("--slots-per-layer 4").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Summary (JSON)").click()
+    summary = json.loads(download.value.path().read_text())
+    assert summary["memory"]["slots_per_layer"] == 4
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Report (HTML)").click()
+    assert b"<html" in download.value.path().read_bytes()[:200]
+    again = opened(slots="4")
+    again.get_by_text("4 of 16 experts per layer").first.wait_for()
+    again.get_by_text(f"{summary['metrics']['output_throughput']:.4g}").first.wait_for()
+
+
+def test_browser_lab_capacity_and_timeline(opened):
+    page = opened("lab")
+    page.get_by_text("cacheable:").wait_for()
+    page.get_by_role("button", name="Run").click()
+    page.locator('[data-testid="stDataFrame"]').wait_for()
+    page = opened("capacity", ttft="50")
+    page.get_by_role("button", name="Run").first.click()
+    page.get_by_text("breaks first").wait_for()
+    page = opened("timeline")
+    page.locator('[data-testid="stPlotlyChart"]').first.wait_for()
+    page.locator('[data-testid="stDataFrame"]').first.wait_for()
+
+
+def test_browser_uploads_good_and_bad(opened, tmp_path):
+    page = opened()
+    page.get_by_text("Upload a trace").click()
+    chooser = page.locator('input[type="file"]')
+    bad = tmp_path / "bad.parquet"
+    bad.write_bytes(b"PAR1 no")
+    chooser.set_input_files(bad)
+    page.locator('[data-testid="stAlert"]', has_text="bad.parquet").wait_for()
+    good = tmp_path / "mine.parquet"
+    good.write_bytes((TRACES / "tiny-moe-8x16.parquet").read_bytes())
+    chooser.set_input_files(good)
+    page.wait_for_function("location.search.includes('mine.parquet')")
+
+
+def test_browser_cancel(opened):
+    page = opened(prompts="336", policy="fMoE")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("stopped").wait_for()
+    page.get_by_role("button", name="Run again").wait_for()
