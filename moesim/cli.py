@@ -57,7 +57,6 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change one c
 EngineOption = Annotated[
     str, typer.Option("--engine", help="auto, events or compiled; equal results, auto is compiled where it can be.")
 ]
-POOL, POOL_TOKENS = 16, (512, 256)  # drawn requests, prompt and output tokens that workloads are joined from
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the results.")]
@@ -177,13 +176,15 @@ def _drawn(model: str | None, workload: Path | None, requests: int, prompt: int,
     """Synthetic routing for a model: of requests that long, or a pool that those of a workload file are joined from."""
     from moesim.model import load_model
     from moesim.output import remark
-    from moesim.trace.assumed import local_routing
+    from moesim.trace.assumed import local_routing, pool_routing
 
     if model is None:
         raise WorkloadError("neither a trace nor --model: give a routing trace, or name the model to draw routing for")
     known = load_model(model)
     remark(f"no trace: drawing routing for {known.name}, as local as a recorded trace of another model is")
-    return local_routing(known, *((POOL, *POOL_TOKENS) if workload else (requests, prompt, output - 1)), seed=seed)
+    if workload:
+        return pool_routing(known, seed)
+    return local_routing(known, requests, prompt, output - 1, seed=seed)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,17 @@ def emit(result: Any, text: str, as_json: bool, output: Path | None = None) -> N
 def remark(message: str) -> None:
     """A line for the person watching, never part of the result."""
     sys.stderr.write(message + "\n")
+
+
+@contextmanager
+def told_if_slow(message: str, seconds: float = 2.0) -> Iterator[None]:
+    """A remark on what takes so long, if it does."""
+    timer = threading.Timer(seconds, remark, [message])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -34,6 +34,10 @@ def plan(
         float | None,
         typer.Option("--budget", help="At most so many $ per hour; without --machine, all that are rented for less."),
     ] = None,
+    workload: Annotated[
+        Path | None, typer.Option("--workload", help="Requests with arrivals and lengths (docs/bring-a-workload.md).")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option("--num-prompts", help="Only the first N of the workload.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
@@ -55,8 +59,9 @@ def plan(
         _numbers("--max-concurrency", concurrency, int),
     )  # fmt: skip
     asked = search.Asked(
-        random_input_len, random_output_len, tuple(parse_slo(text) for text in goodput or ()), objective, budget, seed
-    )
+        random_input_len, random_output_len, tuple(parse_slo(text) for text in goodput or ()), objective, budget, seed,
+        workload, num_prompts,
+    )  # fmt: skip
     with progress("candidates", len(choices)) as advance:
         result = search.plan(known, choices, asked, advance=advance)
     emit(result, _page(result), as_json, output)
@@ -104,11 +109,12 @@ def _page(result: dict[str, Any]) -> str:
             f"  limited by {best['limited_by']}; anchors, tok/s: {anchors}; ceiling {best['ceiling']:.4g}",
             *(f"  {engine}: {line}" for engine, line in best["flags"].items()),
         ]
-        if ahead := best["ahead"]:
-            low, high = ahead["p10_p90"]
-            times = f"{ahead['ratio']:.3g} times as good as {_named(ahead['of'])}"
-            sure = "" if ahead["sure"] else ": the difference does not exceed the uncertainty of the costs"
-            lines.append(f"  {times} (P10 to P90: {low:.3g} to {high:.3g}){sure}")
+        if gap := best["difference"]:
+            exceeds = "more" if gap["exceeds"] else "no more"
+            lines.append(
+                f"  better by {gap['value']:.1%} than {_named(gap['of'])} (P10 to P90: {gap['p10']:+.1%} to "
+                f"{gap['p90']:+.1%}): {exceeds} than the costs are unsure"
+            )
     header = f"{'tok/s':>9}{'TTFT ms':>10}{'TPOT ms':>10}{'$/Mtok':>9}  SLOs"
     width = max([len(_named(row)) for row in result["candidates"]], default=0) + 2
     lines += ["", f"{'  way':{width}}{header}"]

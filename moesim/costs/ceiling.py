@@ -18,9 +18,10 @@ def ceiling_seconds(
     prefill: Sequence[tuple[int, int]],
     decode_context: Sequence[int],
     active_by_layer: Sequence[int],
+    hosted: bool = False,
 ) -> float:
     """One step with every expert resident: each byte used is read once at nominal bandwidth, each operation runs at
-    the peak rate, both overlap, nothing else takes time.
+    the peak rate, both overlap, nothing else takes time. hosted: the CPU shares the work.
 
     prefill: (new, cached) tokens per chunk; active_by_layer: distinct experts used in each MoE layer.
     """
@@ -40,7 +41,7 @@ def ceiling_seconds(
         nbytes += count * read * model.kv_width * model.kv_bits / 8
         flops += count * seen * decode_flops(model)
         flops += count * prefill_flops(model) * sum(pairs(new, old, window) for new, old in prefill)
-    return costs.ceiling(nbytes, flops)
+    return costs.ceiling(nbytes, flops, hosted)
 
 
 def _attention_layers(model: Model) -> list[tuple[int, int]]:

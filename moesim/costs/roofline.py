@@ -54,6 +54,8 @@ class Roofline:
         dram = gpu.hbm_gbps if machine.unified else host.dram_gbps
         self.dram_gbps = dram * max(numa, 1.0)  # what every reader of host memory shares
         self.host_gbps = dram * numa * share[host.platform]  # what expert kernels reach
+        self._cores = host.cores * e.numa_cores ** math.log2(host.sockets)
+        self._core_gflops = e.core_gflops * (e.core_server if host.platform == "server" else 1.0)
         self.copy_gbps = pcie.gbps * e.link * (1.0 if host.pinned else e.pageable)
         self.duplex_gbps = max(self.copy_gbps, pcie.duplex_gbps or pcie.gbps * e.duplex)
         self.read_gbps = machine.nvme.gbps * e.nvme if machine.nvme else 0.0
@@ -137,11 +139,8 @@ class Roofline:
         """One expert on the CPU: reading it from DRAM or unpacking and multiplying it, whichever takes longer."""
         if not tokens:
             return 0.0
-        e, host = self.terms, self.machine.host
-        gflops = e.core_gflops * (e.core_server if host.platform == "server" else 1.0)
-        per_weight = 1 / e.core_gweights + 2 * tokens / gflops
-        cores = host.cores * e.numa_cores ** math.log2(host.sockets)
-        return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / cores)
+        per_weight = 1 / self.terms.core_gweights + 2 * tokens / self._core_gflops
+        return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / self._cores)
 
     def handoff(self) -> float:
         """A layer with experts on the CPU: activations down, results up, two synchronisations."""
@@ -174,9 +173,16 @@ class Roofline:
 
     # The ceiling
 
-    def ceiling(self, nbytes: float, flops: float) -> float:
-        """Bytes at nominal bandwidth and operations at the fastest 8 or 16 bit rate, overlapped, nothing else."""
-        return max(nbytes / self._hbm, flops / max(self._flops, self._flops8))
+    def ceiling(self, nbytes: float, flops: float, hosted: bool = False) -> float:
+        """Bytes at nominal bandwidth and operations at the fastest 8 or 16 bit rate, overlapped, nothing else.
+
+        hosted: the CPU takes whatever share of both makes the time shortest.
+        """
+        bandwidth, rate = self._hbm, max(self._flops, self._flops8)
+        if hosted:
+            bandwidth += max(self.dram_gbps, self.host_gbps) * 1e9
+            rate += self._cores * self._core_gflops * 1e9
+        return max(nbytes / bandwidth, flops / rate)
 
     def _rate(self, bits: float) -> float:
         """FP8 checkpoints (8 bits) run on FP8 tensor cores; every other format is unpacked to 16 bits first."""

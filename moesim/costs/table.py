@@ -169,7 +169,12 @@ class CostTable:
     # The ceiling
 
     def ceiling_step_ns(
-        self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int], active_by_layer: Sequence[int]
+        self,
+        prefill: Sequence[tuple[int, int]],
+        decode_context: Sequence[int],
+        active_by_layer: Sequence[int],
+        hosted: bool = False,
     ) -> int:
-        """No step of these tokens can be faster on this GPU: all resident, nominal rates, no overheads."""
-        return ns(ceiling_seconds(self.model, self.costs, prefill, decode_context, active_by_layer))
+        """No step of these tokens can be faster on this GPU, or, if `hosted`, with its CPU: all resident, nominal rates,
+        no overheads."""
+        return ns(ceiling_seconds(self.model, self.costs, prefill, decode_context, active_by_layer, hosted))

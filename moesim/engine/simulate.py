@@ -376,8 +376,9 @@ class _Ideal:
     """A device whose steps take what physics asks: all experts resident, nominal rates, nothing else; several GPUs
     share all bytes and operations evenly."""
 
-    def __init__(self, env: Clock, setting: Setting) -> None:
+    def __init__(self, env: Clock, setting: Setting, hosted: bool) -> None:
         self._env, self._trace, self._table, self._gpus = env, setting.trace, setting.table, setting.gpus
+        self._hosted = hosted
 
     def steps(self, batch: Batch) -> Generator[simpy.Event, Any, list[int]]:
         ends: list[int] = []
@@ -386,7 +387,7 @@ class _Ideal:
                 break
             chosen = self._trace.experts[batch.rows_of(i)]
             active = [len(np.unique(layer[layer >= 0])) for layer in chosen.transpose(1, 0, 2)]
-            alone = self._table.ceiling_step_ns(batch.prefill, batch.contexts_of(i), active)
+            alone = self._table.ceiling_step_ns(batch.prefill, batch.contexts_of(i), active, self._hosted)
             yield self._env.timeout(alone // self._gpus)
             ends.append(self._env.now)
         return ends
@@ -395,10 +396,13 @@ class _Ideal:
         yield self._env.timeout(gap)
 
 
-def ceiling(setting: Setting, bounded: bool = False) -> Records:
-    """The same workload at the physical ceiling of the GPU, and with no bound on KV caches unless `bounded`."""
+def ceiling(setting: Setting, bounded: bool = False, hosted: bool = False) -> Records:
+    """The same workload at the physical ceiling of the GPU, and with no bound on KV caches unless `bounded`.
+
+    hosted: where the CPU computes experts too, of GPU and CPU together.
+    """
     env, records = Clock(), Records(False)
     limits = setting.limits if bounded else replace(setting.limits, kv_bytes=1 << 62)
-    server = Server(env, _Ideal(env, setting), setting.table.model, setting.workload, FCFS(), limits, records)
+    server = Server(env, _Ideal(env, setting, hosted), setting.table.model, setting.workload, FCFS(), limits, records)
     env.run(env.process(server.run()))
     return records

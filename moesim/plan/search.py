@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from moesim.engine.simulate import ceiling
@@ -13,16 +14,18 @@ from moesim.errors import MoesimError, WorkloadError, nearest
 from moesim.machine import Machine
 from moesim.metrics import latency_metrics, throughput_metrics
 from moesim.model import Model
+from moesim.plan.flags import as_it_fits, flags
 from moesim.policies import FCFS
 from moesim.published import band
 from moesim.question import ANCHORS, Question, Scene, anchor, predict_band, run
 from moesim.systems import System, load_system
 from moesim.trace import Trace
-from moesim.trace.assumed import distinct_routing, local_routing
+from moesim.trace.assumed import local_routing, pool_routing
 
-# Systems that leave the model's outputs as they are and whose code is public. As many experts on the GPU as fit.
-POLICIES = ("all-resident", "llama.cpp", "KTransformers", "KTransformers(gpu_experts=1024)", "LRU", "Fiddler")
-OBJECTIVES = {"throughput": True, "latency": False, "cost": False}  # whether more is better
+# Systems that leave the model's outputs as they are and that engines anyone can download serve with (plan/flags.py);
+# KTransformers with no expert on the GPU, and with as many as fit.
+POLICIES = ("all-resident", "llama.cpp", "KTransformers", "KTransformers(gpu_experts=1024)")
+OBJECTIVES = {"throughput": "output_throughput", "latency": "mean_tpot_ms", "cost": "usd_per_million_output_tokens"}
 ATTAINED = 0.9  # share of requests that must keep the SLOs
 
 
@@ -38,14 +41,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is planned for: equally long requests, promises, and what to make best."""
+    """What is planned for: equally long requests or those of a file, promises, and what to make best."""
 
-    prompt: int
-    output: int
+    prompt: int = 512
+    output: int = 64
     goodput: tuple[tuple[str, float], ...] = ()
     objective: str = "throughput"
     usd_per_hour: float | None = None
     seed: int = 0
+    workload: Path | None = None
+    num_prompts: int | None = None  # of the file's
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -54,6 +59,44 @@ class Asked:
             )
         if min(self.prompt, self.output) < 1:
             raise WorkloadError(f"{self.prompt} prompt and {self.output} output tokens: plan for at least one of each")
+
+
+class _Asking:
+    """The questions that choices are asked; all of the same concurrency get the same requests and routing."""
+
+    def __init__(self, model: Model, asked: Asked) -> None:
+        self.model, self.asked = model, asked
+        self._traces: dict[int, Trace] = {}
+
+    def trace(self, choice: Choice) -> Trace:
+        """Requests for two rounds, so that they overlap as they end; for a file, what its requests are joined from."""
+        asked, key = self.asked, 0 if self.asked.workload else choice.concurrency
+        if key not in self._traces:
+            self._traces[key] = (
+                pool_routing(self.model, asked.seed) if asked.workload
+                else local_routing(self.model, 2 * key, asked.prompt, asked.output - 1, asked.seed)
+            )  # fmt: skip
+        return self._traces[key]
+
+    def question(self, choice: Choice) -> Question:
+        asked, model = self.asked, self.model
+        if not self.as_published(choice):
+            model = model.with_precision(expert_bits=choice.bits, weight_bits=choice.bits)
+        return Question(
+            model=model,
+            machine=choice.machine,
+            max_concurrency=choice.concurrency,
+            goodput=asked.goodput,
+            seed=asked.seed,
+            workload=asked.workload,
+            num_prompts=asked.num_prompts,
+        )
+
+    def as_published(self, choice: Choice) -> bool:
+        return choice.bits >= round(self.model.expert_bits, 2)
+
+    def scene(self, choice: Choice) -> Scene:
+        return Scene(self.trace(choice), self.question(choice))
 
 
 def plan(
@@ -65,41 +108,42 @@ def plan(
 ) -> dict[str, Any]:
     """`candidates` (simulated, best first), `best`, `pareto` and `excluded` with reasons.
 
-    Those that may be fastest are simulated first. One is left out where even its own batches with all experts resident,
-    at nominal bandwidth and peak rates and with no overheads, are beaten by one already found in throughput, TPOT and
-    price: then neither the best nor the Pareto front can have it. `prune=False` simulates them all.
+    Those that may be fastest are simulated first. One is left out where what physics allows it at most is beaten in
+    throughput, TPOT and price by one already found: then neither the best nor the Pareto front can have it.
+    `prune=False` simulates them all.
     """
-    choices = _different(model, choices)
-    traces: dict[tuple[bool, int], Trace] = {}
+    asking = _Asking(model, asked)
+    choice_of: dict[tuple[Any, ...], Choice] = {}
     found: list[dict[str, Any]] = []
     excluded: list[dict[str, Any]] = []
-    for bound, choice, out in _by_promise(model, choices, asked, traces):
-        row, reason = None, out
+    for bound, choice, reason in _by_promise(asking, _different(asking, choices)):
+        choice_of[tuple(_named(choice).values())] = choice
+        row = None
         if reason is None and prune:
-            reason = _beaten(bound, choice, found)
+            reason = _cannot_win(bound, choice, found)
         if reason is None:
-            row, reason = _simulated(model, choice, asked, traces)
+            row, reason = _simulated(asking, choice)
         if row is not None:
             found.append(row)
         else:
             excluded.append(_named(choice) | {"reason": reason})
         advance()
     found.sort(key=lambda row: _rank(row, asked))
-    best = found[0] if found and found[0]["keeps_slos"] else None
     front = _pareto(found)
-    second = next((row for row in found if best and row["keeps_slos"] and _rank(row, asked) > _rank(best, asked)), None)
-    choice_of = {tuple(_named(choice).values()): choice for choice in choices}
-    ends: dict[int, list[dict[str, Any]]] = {}
+    best = found[0] if found and found[0]["keeps_slos"] else None
+    second = next(
+        (row for row in found if best and row["keeps_slos"] and _value(row, asked) != _value(best, asked)), None
+    )
+    ends = {}
     for row in [*front, *(row for row in (best, second) if row is not None and row not in front)]:
-        choice = choice_of[tuple(_name_of(row).values())]
-        ends[id(row)] = _sure(row, model, choice, asked, traces)
+        ends[id(row)] = _sure(row, asking, choice_of[tuple(_name_of(row).values())])
     if best is not None:
-        best |= _explained(model, choice_of[tuple(_name_of(best).values())], asked, traces)
-        best["ahead"] = second and _ahead(best, second, ends, asked)
+        best |= _explained(asking, choice_of[tuple(_name_of(best).values())])
+        best["difference"] = second and _difference(best, second, ends, asked)
     return {
         "model": model.name,
         "objective": asked.objective,
-        "workload": {"prompt": asked.prompt, "output": asked.output, "routing": "synthetic: drawn, not recorded"},
+        "workload": _workload(asking),
         "slos_ms": dict(asked.goodput),
         "best": best,
         "candidates": found,
@@ -114,16 +158,32 @@ def space(
     return [Choice(*values) for values in product(machines, bits, policies, concurrency)]
 
 
+def _workload(asking: _Asking) -> dict[str, Any]:
+    asked = asking.asked
+    drawn = {"routing": "synthetic: drawn, not recorded"}
+    if asked.workload:
+        return {"file": str(asked.workload), "num_prompts": asked.num_prompts} | drawn
+    return {"prompt": asked.prompt, "output": asked.output} | drawn
+
+
 def _price(machine: Machine) -> float | None:
     """$ per hour of all its GPUs."""
     known = machine.prices.known
     return None if known is None else known * machine.gpus
 
 
-def _different(model: Model, choices: Sequence[Choice]) -> list[Choice]:
-    """Once each: more bits than the model is published with are those it is published with."""
-    native = round(model.expert_bits, 2)
-    return list(dict.fromkeys(replace(choice, bits=min(choice.bits, native)) for choice in choices))
+def _different(asking: _Asking, choices: Sequence[Choice]) -> list[Choice]:
+    """Once each: more bits than the model is published with are those, and engines have the flags that fit."""
+    native = round(asking.model.expert_bits, 2)
+    return list(dict.fromkeys(_settled(asking, replace(choice, bits=min(choice.bits, native))) for choice in choices))
+
+
+def _settled(asking: _Asking, choice: Choice) -> Choice:
+    try:
+        policy = as_it_fits(choice.policy, load_system(choice.policy), asking.scene(choice))
+    except MoesimError:  # said again, as a reason, when it is asked for its bound
+        return choice
+    return replace(choice, policy=policy)
 
 
 def _named(choice: Choice) -> dict[str, Any]:
@@ -139,25 +199,7 @@ def _name_of(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("machine", "bits", "policy", "concurrency")}
 
 
-def _trace(model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]) -> Trace:
-    """Requests for two rounds, so that they overlap as they end; drawn once."""
-    system = load_system(choice.policy)
-    cached = system.cache and not system.all_resident and system.misses.keep
-    key = cached, choice.concurrency
-    if key not in traces:
-        make = local_routing if cached else distinct_routing
-        traces[key] = make(model, 2 * choice.concurrency, asked.prompt, asked.output - 1, asked.seed)
-    return traces[key]
-
-
-def _question(choice: Choice, asked: Asked) -> Question:
-    return Question(machine=choice.machine, max_concurrency=choice.concurrency, goodput=asked.goodput, seed=asked.seed)
-
-
-def _stored(model: Model, choice: Choice) -> Model:
-    if choice.bits >= round(model.expert_bits, 2):
-        return model
-    return model.with_precision(expert_bits=choice.bits, weight_bits=choice.bits)
+# -- what cannot win ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,45 +213,50 @@ class Bound:
 NOTHING, ANYTHING = Bound(0.0, math.inf), Bound(math.inf, 0.0)
 
 
-def _by_promise(
-    model: Model, choices: Sequence[Choice], asked: Asked, traces: dict[tuple[bool, int], Trace]
-) -> Iterator[tuple[Bound, Choice, str | None]]:
+def _by_promise(asking: _Asking, choices: Sequence[Choice]) -> Iterator[tuple[Bound, Choice, str | None]]:
     """(bound, choice, why it is out already), the most promising first."""
     bounds: dict[tuple[Any, ...], Bound] = {}
     rows: list[tuple[Bound, int, Choice, str | None]] = []
     for i, choice in enumerate(choices):
-        price = _price(choice.machine)
-        if asked.usd_per_hour is not None and (price is None or price > asked.usd_per_hour):
-            dear = "no price is known" if price is None else f"${price:g} per hour is over the budget"
-            rows.append((NOTHING, i, choice, dear))
-            continue
-        bound, refused = _bound(model, choice, asked, traces, bounds)
-        rows.append((bound, i, choice, refused))
+        reason = _too_dear(choice, asking.asked)
+        bound = NOTHING
+        if reason is None:
+            bound, reason = _bound(asking, choice, bounds)
+        rows.append((bound, i, choice, reason))
     for bound, _, choice, reason in sorted(rows, key=lambda row: (-row[0].throughput, row[1])):
         yield bound, choice, reason
 
 
-def _bound(
-    model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace], known: dict[Any, Bound]
-) -> tuple[Bound, str | None]:
+def _too_dear(choice: Choice, asked: Asked) -> str | None:
+    price, most = _price(choice.machine), asked.usd_per_hour
+    if price is None and (most is not None or asked.objective == "cost"):
+        return "no price is known"
+    if price is not None and most is not None and price > most:
+        return f"${price:g} per hour is over the budget"
+    return None
+
+
+def _bound(asking: _Asking, choice: Choice, known: dict[tuple[Any, ...], Bound]) -> tuple[Bound, str | None]:
     """The ceiling of the very batches that `choice` serves, or why it serves none.
 
-    All requests are there from the beginning and are admitted as earlier ones leave, so which tokens a step holds
-    depends on the KV memory alone, not on how long steps take; no step is quicker than its ceiling.
+    Where all requests are there from the beginning and are admitted as earlier ones leave, which tokens a step holds
+    depends on the KV memory alone, not on how long steps take; and no step is quicker than its ceiling.
     """
-    trace, system = _trace(model, choice, asked, traces), load_system(choice.policy)
-    if not isinstance(system.scheduling, FCFS) or system.transforms or system.misses.changes_outputs:
-        return ANYTHING, None  # its steps hold other tokens, or less work
     try:
-        scene = Scene(trace, replace(_question(choice, asked), model=_stored(model, choice)))
+        system, scene = load_system(choice.policy), asking.scene(choice)
         ledger = scene.ledger(system)
         if ledger.verdict == "OOM":
             return NOTHING, f"OOM: {ledger.reason}"
+        if not _has_bound(system, scene):
+            return ANYTHING, None
         setting = scene.setting(system, ledger)
-        own = setting.limits.sequences, min(setting.limits.kv_bytes, 2 * choice.concurrency * _kv_bytes(scene))
-        key = choice.machine.name, choice.bits, choice.concurrency, id(trace), own
+        requests = scene.workload.requests
+        most_kv = len(requests) * max(scene.model.kv_bytes(r.prompt_tokens + len(r.decode)) for r in requests)
+        limits, hosted = setting.limits, system.misses.may_host
+        own = limits.sequences, limits.batch_tokens, min(limits.kv_bytes, most_kv), hosted, system.expert_bits
+        key = choice.machine, choice.bits, choice.concurrency, *own
         if key not in known:
-            records = ceiling(setting, bounded=True)
+            records = ceiling(setting, bounded=True, hosted=hosted)
             tpot = latency_metrics(records)["mean_tpot_ms"]
             known[key] = Bound(throughput_metrics(records)["output_throughput"], tpot or 0.0)
         return known[key], None
@@ -217,37 +264,63 @@ def _bound(
         return NOTHING, str(error)
 
 
-def _kv_bytes(scene: Scene) -> int:
-    return max(scene.model.kv_bytes(r.prompt_tokens + len(r.decode)) for r in scene.workload.requests)
+def _has_bound(system: System, scene: Scene) -> bool:
+    """Not where steps may hold other tokens or less work than the trace says, nor where costs are measured curves,
+    which small kernels that live in the GPU's own cache may bring below nominal bandwidth."""
+    same_work = not system.transforms and not system.misses.changes_outputs and system.kernel == "grouped"
+    same_batches = isinstance(system.scheduling, FCFS) and not any(r.arrival_ns for r in scene.workload.requests)
+    return same_work and same_batches and not scene.machine.profile
 
 
-def _beaten(bound: Bound, choice: Choice, found: Sequence[dict[str, Any]]) -> str | None:
-    """Which row with the SLOs kept is better than `choice` can be in every respect, if one is."""
-    price = _price(choice.machine) or 0.0
+def _no_dearer(row: dict[str, Any], machine: str, price: float | None) -> bool:
+    """An unknown price is only known to equal that of the same machine."""
+    mine = row["usd_per_hour"]
+    return row["machine"] == machine or (mine is not None and price is not None and mine <= price)
+
+
+def _cannot_win(bound: Bound, choice: Choice, found: Sequence[dict[str, Any]]) -> str | None:
+    """Which row with the SLOs kept is at least as good as `choice` can be in every respect, and better in one."""
     for row in found:
-        tpot = row["mean_tpot_ms"] or 0.0
-        worse = row["output_throughput"] > bound.throughput and tpot <= bound.tpot_ms
-        if row["keeps_slos"] and worse and (row["usd_per_hour"] or 0.0) <= price:
+        throughput, tpot = row["output_throughput"], row["mean_tpot_ms"] or 0.0
+        as_good = throughput >= bound.throughput and tpot <= bound.tpot_ms
+        better = throughput > bound.throughput or tpot < bound.tpot_ms
+        if row["keeps_slos"] and as_good and better and _no_dearer(row, choice.machine.name, _price(choice.machine)):
             return (
                 f"cannot win: {bound.throughput:.4g} tok/s and {bound.tpot_ms:.3g} ms a token at its physical ceiling, "
-                f"and {row['policy']} on {row['machine']} is better and costs no more"
+                f"and {row['policy']} on {row['machine']} at {row['bits']:g} bits is better and costs no more"
             )
     return None
 
 
-def _simulated(
-    model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]
-) -> tuple[dict[str, Any] | None, str | None]:
-    question = replace(_question(choice, asked), model=_stored(model, choice))
+def _pareto(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that no other beats in throughput, TPOT and price at once; of those that keep the SLOs, if any do."""
+    rows = [row for row in rows if row["keeps_slos"]] or list(rows)
+    return [row for row in rows if not any(_beats(other, row) for other in rows)]
+
+
+def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if not _no_dearer(one, other["machine"], other["usd_per_hour"]):
+        return False
+    throughput = one["output_throughput"] - other["output_throughput"]
+    tpot = (one["mean_tpot_ms"] or 0.0) - (other["mean_tpot_ms"] or 0.0)
+    cheaper = one["usd_per_hour"] != other["usd_per_hour"]
+    return throughput >= 0 >= tpot and (throughput > 0 or tpot < 0 or cheaper)
+
+
+# -- what is simulated --------------------------------------------------------------------------------------------
+
+
+def _simulated(asking: _Asking, choice: Choice) -> tuple[dict[str, Any] | None, str | None]:
     try:
-        summary = run(_trace(model, choice, asked, traces), choice.policy, question, anchors=False, shown=False).summary
+        question = asking.question(choice)
+        summary = run(asking.trace(choice), choice.policy, question, anchors=False, shown=False).summary
     except MoesimError as error:
         return None, str(error)
     m = summary["metrics"]
     if not m or summary["status"] == "OOM":
         return None, f"{summary['status']}: {summary['status_reason']}"
     price = _price(choice.machine)
-    row = _named(choice) | {
+    return _named(choice) | {
         "status": summary["status"],
         "output_throughput": m["output_throughput"],
         "mean_ttft_ms": m["mean_ttft_ms"],
@@ -258,108 +331,65 @@ def _simulated(
         "costs": summary["inputs"]["costs"],
         "keeps_slos": m.get("slo_attainment", 1.0) >= ATTAINED,
         "slo_attainment": m.get("slo_attainment"),
-    }
-    if asked.objective == "cost" and price is None:
-        return None, "no price is known"
-    return row, None
+    }, None
 
 
-def _rank(row: dict[str, Any], asked: Asked) -> tuple[bool, float]:
-    value = {
-        "throughput": -row["output_throughput"],
-        "latency": row["mean_tpot_ms"],
-        "cost": row["usd_per_million_output_tokens"],
-    }[asked.objective]
-    return not row["keeps_slos"], value
+def _value(row: dict[str, Any], asked: Asked) -> float:
+    """What the objective goes by, less being better."""
+    value = float(row[OBJECTIVES[asked.objective]] or 0.0)
+    return -value if asked.objective == "throughput" else value
 
 
-def _pareto(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that no other beats in throughput, TPOT and price at once."""
-
-    def worth(row: dict[str, Any]) -> tuple[float, float, float]:
-        return row["output_throughput"], -row["mean_tpot_ms"], -(row["usd_per_hour"] or 0.0)
-
-    def beaten(row: dict[str, Any]) -> bool:
-        mine = worth(row)
-        return any(worth(o) != mine and all(a >= b for a, b in zip(worth(o), mine, strict=True)) for o in rows)
-
-    return [row for row in rows if not beaten(row)]
+def _rank(row: dict[str, Any], asked: Asked) -> tuple[float, ...]:
+    """By the objective; equal ones by the other respects, so that no row comes before one that beats it."""
+    price = math.inf if row["usd_per_hour"] is None else row["usd_per_hour"]
+    others = -row["output_throughput"], row["mean_tpot_ms"] or 0.0, price
+    return not row["keeps_slos"], _value(row, asked), *others
 
 
-def _sure(
-    row: dict[str, Any], model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]
-) -> list[dict[str, Any]]:
-    """Add P10 to P90 of throughput and the flags; the metrics with each resource's costs slow and fast."""
-    question = replace(_question(choice, asked), model=_stored(model, choice))
-    trace = _trace(model, choice, asked, traces)
-    _, numbers, _ = predict_band(trace, choice.policy, question)
-    value, *moved = (n["output_throughput"] for n in numbers)
-    row |= {"p10_p90": band(value, moved), "flags": _flags(model, choice, question, trace)}
-    return numbers[1:]
+# -- how sure, and why --------------------------------------------------------------------------------------------
 
 
-def _ahead(
+def _sure(row: dict[str, Any], asking: _Asking, choice: Choice) -> list[dict[str, Any]]:
+    """Add P10 to P90 and the flags; return the metrics with each resource's costs slow and fast."""
+    system = load_system(choice.policy)
+    _, (middle, *ends), _ = predict_band(asking.trace(choice), system, asking.question(choice))
+    row["p10_p90"] = band(middle["output_throughput"], [end["output_throughput"] for end in ends])
+    tpot = middle["mean_tpot_ms"]
+    row["tpot_p10_p90_ms"] = tpot and band(tpot, [end["mean_tpot_ms"] for end in ends])
+    row["flags"] = flags(system, asking.scene(choice), choice.bits, asking.as_published(choice))
+    return ends
+
+
+def _difference(
     best: dict[str, Any], second: dict[str, Any], ends: dict[int, list[dict[str, Any]]], asked: Asked
 ) -> dict[str, Any]:
-    """How many times better the best is than the next that keeps the SLOs, and whether costs may turn that round.
+    """How much better the best is than the next in the objective, relative, and whether that exceeds what is unsure.
 
     On one machine the same costs move for both, so that what they have in common cancels; the errors of different
-    machines are independent.
+    machines are taken to be independent.
     """
-    metric = "mean_tpot_ms" if asked.objective == "latency" else "output_throughput"
-    sign = -1 if asked.objective == "latency" else 1
+    metric, sign = ("mean_tpot_ms", -1) if asked.objective == "latency" else ("output_throughput", 1)
     mine, theirs = ([(end[metric] / row[metric]) ** sign for end in ends[id(row)]] for row in (best, second))
-    ratio = (best[metric] / second[metric]) ** sign
-    if asked.objective == "cost":
-        ratio = second["usd_per_million_output_tokens"] / best["usd_per_million_output_tokens"]
+    ratio = _value(second, asked) / _value(best, asked)
+    if asked.objective == "throughput":
+        ratio = 1 / ratio
     together = best["machine"] == second["machine"]
     moved = [a / b for a, b in zip(mine, theirs, strict=True)] if together else mine + [1 / b for b in theirs]
     low, high = band(ratio, [ratio * m for m in moved])
-    return {"of": _name_of(second), "ratio": ratio, "p10_p90": (low, high), "sure": low > 1}
+    return {"of": _name_of(second), "value": ratio - 1, "p10": low - 1, "p90": high - 1, "exceeds": low > 1}
 
 
-def _explained(model: Model, choice: Choice, asked: Asked, traces: dict[tuple[bool, int], Trace]) -> dict[str, Any]:
+def _explained(asking: _Asking, choice: Choice) -> dict[str, Any]:
     """The anchors, the ceiling and the memory of the best, on all the requests it was planned with."""
-    question = replace(_question(choice, asked), model=_stored(model, choice))
-    trace, system = _trace(model, choice, asked, traces), load_system(choice.policy)
-    scene = Scene(trace, question)
+    scene, system = asking.scene(choice), load_system(choice.policy)
     ledger, under = scene.ledger(system), scene.under(system)
-    top = throughput_metrics(ceiling(under.setting(system, ledger)))["output_throughput"]
+    top = ceiling(under.setting(system, ledger), hosted=system.misses.may_host)
     return {
         "anchors": {name: anchor(scene, policy) for name, policy in ANCHORS.items()},
-        "ceiling": top,
+        "ceiling": throughput_metrics(top)["output_throughput"],
         "memory": ledger.to_dict(),
-        "notes": run(trace, choice.policy, question, anchors=False, shown=False).summary["notes"],
+        "notes": run(asking.trace(choice), system, asking.question(choice), anchors=False, shown=False).summary[
+            "notes"
+        ],
     }
-
-
-def _flags(model: Model, choice: Choice, question: Question, trace: Trace) -> dict[str, str]:
-    """Lines to start an engine with, untested; none where no released engine does this."""
-    context = int(trace.requests.prompt_tokens.max()) + trace.tokens // len(trace.requests)
-    quantised, system = choice.bits < round(model.expert_bits, 2), load_system(choice.policy)
-    several = f" --tensor-parallel-size {choice.machine.gpus}" if choice.machine.gpus > 1 else ""
-    if system.name == "llama.cpp" or (system.all_resident and quantised and not several):
-        on_cpu = [i for i, kept in enumerate(_kept(load_system("llama.cpp"), question, trace)) if not kept]
-        tail = f"-np {choice.concurrency} -c {context * choice.concurrency}   # untested"
-        blocks = "|".join(str(model.moe_layers[i]) for i in on_cpu)
-        override = f' -ot "blk\\.({blocks})\\.ffn_.*_exps=CPU" -rtr' if on_cpu else ""
-        return {
-            "llama.cpp": f"llama-server -m MODEL.gguf -ngl 99 --n-cpu-moe {len(on_cpu)} {tail}",
-            "ik_llama.cpp": f"llama-server -m MODEL.gguf -ngl 99{override} -fmoe {tail}",
-        }
-    if system.name == "KTransformers":
-        kept = min(_kept(system, question, trace)) if system.cache else 0
-        line = f"python -m sglang.launch_server --model {model.name} --kt-num-gpu-experts {kept}"
-        return {"KTransformers": f"{line} --kt-cpuinfer {choice.machine.host.cores}   # untested"}
-    if system.all_resident:
-        line = f"vllm serve {model.name}{several} --max-num-seqs {choice.concurrency} --max-model-len {context}"
-        return {"vLLM": f"{line}   # untested"}
-    return {}
-
-
-def _kept(system: System, question: Question, trace: Trace) -> list[int]:
-    """Experts of each layer that `system` keeps on the GPU."""
-    scene = Scene(trace, question)
-    sizes = [scene.model.expert_bytes(layer) for layer in range(trace.layers)]
-    split = system.capacity.split(scene.ledger(system).expert_bytes, sizes, scene.model.experts)
-    return [held // size for held, size in zip(split, sizes, strict=True)]

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from moesim.architecture import Model
 from moesim.files import atomic
+from moesim.output import told_if_slow
 from moesim.trace import cache
 from moesim.trace.routing_model import RoutingModel, draw
 from moesim.trace.synth_parameters import from_parameters
 from moesim.trace.trace import DECODE, PREFILL, Requests, Trace, TraceInfo
+
+_POOL = 16, 512, 256  # requests, their prompt and decode tokens
 
 
 def local_routing(model: Model, requests: int, prompt: int, decode: int, seed: int = 0) -> Trace:
@@ -26,6 +29,11 @@ def local_routing(model: Model, requests: int, prompt: int, decode: int, seed: i
     return draw(
         _fitted(model.name, model.experts, model.top_k, model.moe_layers, seed), requests, prompt, decode, seed=seed
     )
+
+
+def pool_routing(model: Model, seed: int = 0) -> Trace:
+    """Such requests as those of a workload file, of any length, are joined from."""
+    return local_routing(model, *_POOL, seed=seed)
 
 
 @lru_cache
@@ -37,7 +45,8 @@ def _fitted(name: str, experts: int, top_k: int, layers: tuple[int, ...], seed: 
     kept = cache.folder() / "routing" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
     model = _read(kept)
     if model is None:
-        model = from_parameters(experts, top_k, len(layers), model=name, moe_layers=layers, seed=seed)
+        with told_if_slow(f"tuning routing for {name}: once per model, up to a minute"):
+            model = from_parameters(experts, top_k, len(layers), model=name, moe_layers=layers, seed=seed)
         with suppress(OSError), atomic(kept) as temporary, temporary.open("wb") as file:
             info = json.dumps(asdict(model.info))
             np.savez(file, info=info, **{part: getattr(model, part) for part in _ARRAYS})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -10,11 +11,17 @@ import pytest
 from typer.testing import CliRunner
 
 from moesim.cli import app
+from moesim.engine.simulate import ceiling
 from moesim.errors import WorkloadError
 from moesim.machine import load_machine
+from moesim.metrics import throughput_metrics
 from moesim.model import load_model
 from moesim.plan import search
-from moesim.plan.search import Asked, plan, space
+from moesim.plan.flags import flags
+from moesim.plan.search import POLICIES, Asked, plan, space
+from moesim.question import Question, Scene, run
+from moesim.systems import load_system
+from moesim.trace.assumed import distinct_routing, pool_routing
 
 MODEL = load_model("tiny-moe-8x16")
 
@@ -32,32 +39,106 @@ def drawn(seed):
     machines = [
         machine(name, rng.choice([560, 580, 600, 4000])) for name in rng.sample(["l4", "a10", "rtx-4090", "h100"], 2)
     ]
-    policies = rng.sample(["all-resident", "llama.cpp", "KTransformers", "LRU", "Fiddler"], 3)
-    choices = space(machines, rng.sample([4.85, 8.5, 32.0], 2), policies, [rng.choice([1, 2, 3])])
-    goodput = rng.choice([(), (("tpot", rng.choice([0.5, 1.0, 3.0])),)])
-    return choices, Asked(4, 6, goodput, rng.choice(["throughput", "latency"]), seed=1)
+    if rng.random() < 0.3:  # so slow that some of the space is left out
+        slow = replace(machines[1].gpu, hbm_gbps=rng.choice([0.1, 1.0, 5.0]))
+        machines[1] = replace(machines[1], gpu=slow)
+    policies = rng.sample([*POLICIES, "LRU", "Fiddler", "on-demand", "oracle", "MoE-Infinity"], 3)
+    concurrency = sorted(rng.sample([1, 2, 3], 2))
+    choices = space(machines, rng.sample([4.85, 8.5, 32.0], 2), policies, concurrency)
+    goodput = rng.choice([(), (("tpot", rng.choice([0.5, 1.0, 3.0])),), (("ttft", rng.choice([1.0, 5.0])),)])
+    return choices, Asked(4, 6, goodput, rng.choice(["throughput", "latency", "cost"]), seed=1)
+
+
+SIMULATED = {}
+
+
+@pytest.fixture
+def unexplained(monkeypatch):
+    """Only what is searched, and nothing simulated twice; bands and anchors take most of the time."""
+    simulated = search._simulated
+
+    def once(asking, choice):
+        key = choice, asking.asked.goodput
+        if key not in SIMULATED:
+            SIMULATED[key] = simulated(asking, choice)
+        row, reason = SIMULATED[key]
+        return row and dict(row), reason
+
+    monkeypatch.setattr(search, "_simulated", once)
+    monkeypatch.setattr(search, "_sure", lambda *given: [])
+    monkeypatch.setattr(search, "_explained", lambda *given: {})
+    monkeypatch.setattr(search, "_difference", lambda *given: {})
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_what_is_left_out_is_neither_the_best_nor_on_the_front(seed, monkeypatch):
-    monkeypatch.setattr(search, "_sure", lambda *given: [])
-    monkeypatch.setattr(search, "_explained", lambda *given: {})
-    monkeypatch.setattr(search, "_ahead", lambda *given: {})
+def test_pruning_never_discards_the_winner_nor_any_of_the_front(seed, unexplained):
     choices, asked = drawn(seed)
-    pruned, whole = plan(MODEL, choices, asked), plan(MODEL, choices, asked, prune=False)
-    assert pruned["best"] == whole["best"]
-    assert pruned["pareto"] == whole["pareto"]
-    assert len(whole["candidates"]) >= len(pruned["candidates"])
+    for objective in search.OBJECTIVES:
+        asked = replace(asked, objective=objective)
+        pruned, whole = plan(MODEL, choices, asked), plan(MODEL, choices, asked, prune=False)
+        assert pruned["best"] == whole["best"]
+        assert pruned["pareto"] == whole["pareto"]
+        assert len(whole["candidates"]) >= len(pruned["candidates"])
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_no_candidate_exceeds_its_bound(seed):
+@pytest.mark.parametrize("seed", range(50))
+def test_no_candidate_exceeds_its_bound(seed, unexplained):
     choices, asked = drawn(seed)
-    bounds = {tuple(search._named(c).values()): b for b, c, _ in search._by_promise(MODEL, choices, asked, {})}
-    for row in plan(MODEL, choices, asked, prune=False)["candidates"]:
+    asking = search._Asking(MODEL, replace(asked, objective="latency"))
+    promises = search._by_promise(asking, search._different(asking, choices))
+    bounds = {tuple(search._named(choice).values()): bound for bound, choice, _ in promises}
+    rows = plan(MODEL, choices, asking.asked, prune=False)["candidates"]
+    assert any(math.isfinite(bounds[tuple(search._name_of(row).values())].throughput) for row in rows)
+    for row in rows:
         bound = bounds[tuple(search._name_of(row).values())]
         assert row["output_throughput"] <= bound.throughput
         assert row["mean_tpot_ms"] >= bound.tpot_ms
+
+
+def test_a_cpu_that_is_faster_than_the_gpu_is_in_the_bound():
+    """The GPU alone would bound what CPU and GPU together exceed."""
+    card = machine("l4", 4000)
+    weak = replace(card, gpu=replace(card.gpu, hbm_gbps=0.5), host=replace(card.host, dram_gbps=400.0, cores=64))
+    choice = search.Choice(weak, 32.0, "KTransformers", 1)
+    asking = search._Asking(MODEL, Asked(4, 6))
+    row, _ = search._simulated(asking, choice)
+    scene, system = asking.scene(choice), load_system("KTransformers")
+    alone = throughput_metrics(ceiling(scene.setting(system, scene.ledger(system))))["output_throughput"]
+    assert alone < row["output_throughput"] <= search._bound(asking, choice, {})[0].throughput
+
+
+def test_measured_curves_and_requests_that_arrive_in_time_have_no_bound(tmp_path):
+    asking = search._Asking(MODEL, Asked(4, 6))
+    measured = load_machine("h100")
+    assert measured.profile
+    assert search._bound(asking, search.Choice(measured, 32.0, "all-resident", 1), {}) == (search.ANYTHING, None)
+    timed = tmp_path / "timed.csv"
+    timed.write_text("arrival_s,prompt_tokens,output_tokens\n0,4,6\n0.001,4,6\n")
+    asking = search._Asking(MODEL, Asked(workload=timed))
+    assert search._bound(asking, search.Choice(machine("l4", 4000), 32.0, "LRU", 1), {}) == (search.ANYTHING, None)
+
+
+def test_one_request_at_a_time_is_on_the_front_for_its_tpot():
+    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident"], [1, 3]), Asked(4, 6))
+    assert result["best"]["concurrency"] == 3 and [row["concurrency"] for row in result["pareto"]] == [3, 1]
+
+
+def test_an_unknown_price_is_not_free():
+    cheap, unpriced = machine("l4", 4000), machine("rtx-4090", 4000)
+    result = plan(MODEL, space([cheap, unpriced], [32.0], ["all-resident"], [1]), Asked(4, 6))
+    assert {row["machine"] for row in result["pareto"]} == {cheap.name, unpriced.name}
+
+
+def test_a_workload_file_is_planned_for(tmp_path):
+    requests = tmp_path / "requests.csv"
+    requests.write_text("arrival_s,prompt_tokens,output_tokens\n0,4,6\n0,8,3\n0.5,5,2\n")
+    asked = Asked(workload=requests, num_prompts=2)
+    best = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident"], [1, 2]), asked)["best"]
+    question = Question(
+        model=MODEL, machine=machine("l4", 4000), workload=requests, num_prompts=2, max_concurrency=best["concurrency"]
+    )
+    same = run(pool_routing(MODEL), "all-resident", question, anchors=False).summary["metrics"]
+    assert same["completed"] == 2 and best["output_throughput"] == same["output_throughput"]
 
 
 def test_a_dear_machine_that_is_worse_in_all_is_left_out():
@@ -87,12 +168,24 @@ def test_the_best_comes_with_its_band_anchors_and_flags(concurrency):
 
 def test_the_next_best_and_whether_costs_may_turn_them_round():
     alike = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "llama.cpp"], [1]), Asked(4, 6))
-    assert alike["best"]["ahead"] is None  # both are the same, so nothing is behind
-    near = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "KTransformers"], [1]), Asked(4, 6))
-    assert near["best"]["ahead"]["of"]["policy"] == "KTransformers"
+    assert alike["best"]["difference"] is None  # both are the same, so nothing is behind
     apart = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "on-demand"], [1]), Asked(4, 6))
-    low, high = apart["best"]["ahead"]["p10_p90"]
-    assert 1 < low < apart["best"]["ahead"]["ratio"] < high and apart["best"]["ahead"]["sure"]
+    gap = apart["best"]["difference"]
+    assert gap["of"]["policy"] == "on-demand" and 0 < gap["p10"] < gap["value"] < gap["p90"] and gap["exceeds"]
+
+
+@pytest.mark.parametrize("objective", ["throughput", "latency", "cost"])
+def test_costs_that_both_have_in_common_cancel_out(objective):
+    """The band of the gap is that of the ratio, and narrower than what both bands would make of it."""
+    choices = space([machine("l4", 4000)], [32.0, 8.5], ["all-resident"], [1])
+    result = plan(MODEL, choices, Asked(4, 6, objective=objective), prune=False)
+    best, gap = result["best"], result["best"]["difference"]
+    second = next(row for row in result["candidates"] if search._name_of(row) == gap["of"])
+    metric = search.OBJECTIVES[objective]
+    ratio = best[metric] / second[metric] if objective == "throughput" else second[metric] / best[metric]
+    assert gap["value"] == pytest.approx(ratio - 1) and gap["p10"] <= gap["value"] <= gap["p90"]
+    low, high = best["p10_p90"]
+    assert (1 + gap["p90"]) / (1 + gap["p10"]) < high / low
 
 
 def test_several_gpus_are_planned_for_where_they_can_serve():
@@ -104,11 +197,39 @@ def test_several_gpus_are_planned_for_where_they_can_serve():
 
 
 def test_experts_kept_on_the_gpu_are_in_the_flags():
-    policies = ["KTransformers(gpu_experts=1024)", "llama.cpp"]
-    result = plan(MODEL, space([machine("l4", 560)], [32.0], policies, [1]), Asked(4, 6))
-    flags = {name: line for row in result["candidates"] for name, line in row.get("flags", {}).items()}
-    assert "--kt-num-gpu-experts" in flags.get("KTransformers", "--kt-num-gpu-experts")
-    assert any("untested" in line for line in flags.values())
+    policies = ["KTransformers", "KTransformers(gpu_experts=1024)", "llama.cpp"]
+    tight = machine("l4", 573)
+    asking = search._Asking(MODEL, Asked(4, 6))
+    lines = {}
+    for policy in policies:
+        (choice,) = search._different(asking, [search.Choice(tight, 32.0, policy, 2)])
+        row, _ = search._simulated(asking, choice)
+        search._sure(row, asking, choice)
+        lines |= {(choice.policy, engine): line for engine, line in row["flags"].items()}
+    kept = {policy: line for (policy, engine), line in lines.items() if engine == "KTransformers"}
+    (some,) = (policy for policy in kept if "gpu_experts" in policy)
+    count = int(some.partition("gpu_experts=")[2].rstrip(")"))
+    assert 0 < count < MODEL.experts and f"--kt-num-gpu-experts {count} " in kept[some]
+    assert "--kt-num-gpu-experts 0 " in kept["KTransformers"]
+    (whole,) = {policy for policy, engine in lines if engine in ("llama.cpp", "ik_llama.cpp")}
+    layers = int(whole.partition("n_cpu_moe=")[2].rstrip(")"))
+    assert 0 < layers < len(MODEL.moe_layers) and f"--n-cpu-moe {layers} " in lines[whole, "llama.cpp"]
+    assert lines[whole, "ik_llama.cpp"] and "-np 2 -c 20 " in lines[whole, "llama.cpp"]
+    assert all(line.endswith("# untested") for line in lines.values())
+
+
+def test_dense_layers_count_in_llama_cpp_and_not_in_moesim():
+    model = load_model("deepseek-v3")
+    system = load_system("llama.cpp(n_cpu_moe=2)")
+    question = Question(model=model, machine="h200")
+    scene = Scene(distinct_routing(model, 1, 2, 2), question)
+    assert model.moe_layers[0] == 3
+    assert "--n-cpu-moe 5 " in flags(system, scene, 8.0, True)["llama.cpp"]
+
+
+def test_systems_nobody_can_download_have_no_line():
+    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["LRU", "Fiddler"], [1]), Asked(4, 6))
+    assert result["best"]["flags"] == {} and not {"LRU", "Fiddler"} & set(POLICIES)
 
 
 def test_a_budget_chooses_machines():

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from moesim.engine.compiled.lower import lower_state, pool_sizes
 from moesim.engine.events import Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.residency import Counts, Slots
-from moesim.output import remark
+from moesim.output import told_if_slow
 from moesim.records import LINKS, Records
 from moesim.systems.system import System
 from moesim.trace import Trace
@@ -38,16 +37,8 @@ BLOCK = 1 << 17  # numbers in a block of records at least: small enough for a co
 OVERFULL = {1: "events", 2: "write-backs", 3: "records", 4: "copies", 5: "beliefs"}
 
 
-@contextlib.contextmanager
-def _told_if_it_takes_long() -> Iterator[None]:
-    """The first call of a process loads the machine code, or makes it where there is none: say so if it does."""
-    message = "compiling the engine: once per machine and version, about a minute; --engine events does without"
-    timer = threading.Timer(2.0, remark, [message])
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+# The first call of a process loads the machine code, or makes it where there is none.
+_COMPILING = "compiling the engine: once per machine and version, about a minute; --engine events does without"
 
 
 class CompiledDevice:
@@ -89,7 +80,7 @@ class CompiledDevice:
         """Do what was given; returns how long it took."""
         g = self._s.g
         began = int(g[state.NOW])
-        with contextlib.nullcontext() if step.advance.signatures else _told_if_it_takes_long():
+        with contextlib.nullcontext() if step.advance.signatures else told_if_slow(_COMPILING):
             ended = step.advance(self._s)
         while ended != state.DONE_RUN:
             if ended == state.NEED_COSTS:
