@@ -175,6 +175,6 @@ class CostTable:
         active_by_layer: Sequence[int],
         hosted: bool = False,
     ) -> int:
-        """No step of these tokens can be faster on this GPU, or, if `hosted`, with its CPU: all resident, nominal rates,
-        no overheads."""
+        """No step of these tokens can be faster on this GPU, if `hosted` with its CPU: all resident, nominal rates, no
+        overheads."""
         return ns(ceiling_seconds(self.model, self.costs, prefill, decode_context, active_by_layer, hosted))

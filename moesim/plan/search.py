@@ -116,9 +116,9 @@ def plan(
     choice_of: dict[tuple[Any, ...], Choice] = {}
     found: list[dict[str, Any]] = []
     excluded: list[dict[str, Any]] = []
-    for bound, choice, reason in _by_promise(asking, _different(asking, choices)):
+    for bound, choice, out in _by_promise(asking, _different(asking, choices)):
         choice_of[tuple(_named(choice).values())] = choice
-        row = None
+        row, reason = None, out
         if reason is None and prune:
             reason = _cannot_win(bound, choice, found)
         if reason is None:
