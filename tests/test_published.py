@@ -105,6 +105,13 @@ def test_the_page_of_results_is_what_is_predicted_now():
             assert f"| {found['predicted']:.4g} | {found['low']:.4g} to {found['high']:.4g} |" in page, case.id
 
 
+def test_many_requests_on_several_gpus(tmp_path):
+    many = ROW | {"machine": "2xh100-sxm", "system": "all-resident; parallel.experts=expert", "concurrency": "3"}
+    rows = [many | {"metric": "tpot_ms"}, many | {"id": "a-2", "metric": "throughput_tok_s", "system": "all-resident"}]
+    found = [predict(case) for case in read_cases(written(tmp_path / "cases.csv", *rows))]
+    assert all(one["status"] == "FITS" and one["low"] < one["predicted"] < one["high"] for one in found)
+
+
 def test_the_command(tmp_path):
     path = written(tmp_path / "cases.csv", ROW, ROW | {"id": "b-1", "group": "b", "trust": "low"})
     run = CliRunner().invoke(
