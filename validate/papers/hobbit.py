@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from validate.papers.claim import Claim, Fact, cut, mean
 from validate.papers.setup import GATES, LOCALITY, MIXTRAL, PHI, local, machine, metrics, model
@@ -74,7 +74,7 @@ def _claims() -> list[Claim]:
                             f"{what}{cooperative}, {label}, over {theirs}",
                             reported,
                             (fact,),
-                            lambda o=ours, t=theirs, n=name, m=metric: _ratio(o, t, n, m),
+                            partial(_ratio, ours, theirs, name, metric),
                             assumed=ASSUMED,
                             why=WHY[theirs],
                         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 from moesim.costs.roofline import Roofline
 from moesim.costs.table import CostTable
@@ -96,7 +96,7 @@ CLAIMS = (
             f"MoE layer, {name}, over Transformers",
             fact.value,
             (fact,),
-            lambda n=name: _layer(n),
+            partial(_layer, name),
             why=WHY_SMALL if name == "Qwen2-MoE" else WHY,
         )
         for name, fact in LAYER_FACTS.items()
@@ -107,7 +107,7 @@ CLAIMS = (
             f"decoder layer, {name}, over Transformers",
             fact.value,
             (fact,),
-            lambda n=name: _decoder(n),
+            partial(_decoder, name),
             assumed="attention with as many KV heads of 128 as fit the width",
             why=WHY,
         )

@@ -235,7 +235,7 @@ def fmoe_targets() -> list[Target]:
     faster = replace(machine("a100-80gb-sxm"), pcie=fmoe.BOX.pcie)
 
     def numbers(policy: str, box: object, memory: int) -> dict[str, float]:
-        return metrics(policy, trace, served, box, expert_memory=memory)  # type: ignore[arg-type]
+        return metrics(policy, trace, served, box, expert_memory=memory)
 
     def gain(box: object, memory: int) -> float:
         theirs, ours = (numbers(p, box, memory)["mean_tpot_ms"] for p in ("MoE-Infinity", "fMoE(distance=6)"))
