@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,14 +171,21 @@ class Scene:
         The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
         as many as do, since the engine admits requests by KV memory.
         """
-        q = self.question
-        together = min(self.concurrency, len(self.workload.requests))
-        sequences = min(-(-together // self._apart(system)), q.max_num_seqs)
+        sequences = self._together(system)
         ledger = self._ledger(system, sequences)
         while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
             sequences = -(-sequences // 2)
             ledger = self._ledger(system, sequences)
         return ledger
+
+    def wanted(self, system: System) -> Ledger:
+        """With the KV caches of all sequences that may be in service, whether they fit or not."""
+        return self._ledger(system, self._together(system))
+
+    def _together(self, system: System) -> int:
+        """Sequences that one GPU, or all that share their KV caches, may serve at once."""
+        together = min(self.concurrency, len(self.workload.requests))
+        return min(-(-together // self._apart(system)), self.question.max_num_seqs)
 
     def _step_tokens(self, sequences: int) -> int:
         """The most tokens one step can hold: every sequence decodes, and prompts or chunks fill the budget."""
@@ -328,14 +336,22 @@ def predict_band(
     if not _runs(system, ledger):
         return ledger.verdict, [], ledger.reason
     beliefs = system.predictor.predict(scene.trace, question.seed)
-    outcome = _simulate(scene, system, ledger, beliefs=beliefs)
-    limit = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)["explanation"]
-    found = [_numbers(outcome)]
+    middle, *ends = _banded(scene, system, ledger, beliefs)
+    limit = _limits(middle)["explanation"]
+    return ledger.verdict, [_numbers(outcome) for outcome in (middle, *ends)], limit
+
+
+def _banded(scene: Scene, system: System, ledger: Ledger, beliefs: tuple[Beliefs, ...]) -> Iterator[Outcome]:
+    """With every cost as expected, then each resource's costs at their slow and at their fast end."""
+    yield _simulate(scene, system, ledger, beliefs=beliefs)
     for varied in _varied(scene):
         for scale, one in zip(("low", "high"), varied, strict=True):
             at = scale if one is scene else "default"
-            found.append(_numbers(_simulate(one, system, ledger, scale=at, beliefs=beliefs)))
-    return ledger.verdict, found, limit
+            yield _simulate(one, system, ledger, scale=at, beliefs=beliefs)
+
+
+def _limits(outcome: Outcome) -> dict[str, Any]:
+    return metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
 
 
 def _varied(scene: Scene) -> list[tuple[Scene, Scene]]:
@@ -409,7 +425,7 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
             scene.given[1], scene.trace, scene.workload, outcome.counts, altered
         ),
         "published_quality": system.quality and asdict(system.quality),
-        "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
+        "bottleneck": _limits(outcome),
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
     if outcome.devices:
@@ -596,20 +612,20 @@ def _sample(scene: Scene) -> Scene:
 
 
 def on_sample(
-    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], scale: str = "default"
-) -> dict[str, Any]:
-    """Metrics, and `critical_path`, of the leading requests anchors are measured on; empty where memory is too small.
-
-    scale: `low` and `high` take every cost at the slow and at the fast end of its band.
-    """
+    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Metrics, and `critical_path`, of the leading requests anchors are measured on, as `predict_band` orders them;
+    empty where memory is too small. `advance` is called after each."""
     scene = _sample(Scene(trace, question).under(system))
     ledger = scene.ledger(system)
     if not _runs(system, ledger):
-        return {}
-    outcome = _simulate(scene, system, ledger, scale=scale, beliefs=beliefs)
-    limits = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
-    requests = len(scene.workload.requests)
-    return _numbers(outcome) | {"requests": requests, "critical_path": limits["critical_path"]}
+        return []
+    found = []
+    for outcome in _banded(scene, system, ledger, beliefs):
+        own = {"requests": len(scene.workload.requests), "critical_path": _limits(outcome)["critical_path"]}
+        found.append(_numbers(outcome) | own)
+        advance()
+    return found
 
 
 def anchor(scene: Scene, name: str) -> dict[str, Any]:
@@ -618,9 +634,12 @@ def anchor(scene: Scene, name: str) -> dict[str, Any]:
     system = load_system(name)
     try:
         ledger = scene.ledger(system)
-        if not system.all_resident and not _runs(system, ledger):
+        fits = ledger.verdict != "OOM"
+        if not fits and system.all_resident:
+            ledger = scene.wanted(system)  # as if the memory were there for the KV caches too
+        elif not _runs(system, ledger):
             return {"error": f"{ledger.verdict}: {ledger.reason}"}
-        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": ledger.verdict != "OOM"}
+        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": fits}
     except (MemoryBudgetError, PolicyError) as error:
         return {"error": str(error)}
 
