@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesim import __version__, metrics
 from moesim.costs.fitted import Fitted, costs_of
@@ -18,7 +18,7 @@ from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
-from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError, nearest
+from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
 from moesim.memory import Ledger, plan_memory
@@ -32,6 +32,9 @@ from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
 from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
 from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 ENOUGH = 20  # requests below which a queue says nothing about load
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
@@ -94,6 +97,19 @@ class Run:
     def to_pandas(self, table: str = "requests") -> Any:
         """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns."""
         return getattr(self.records, table).to_arrow().to_pandas()
+
+    def plot(self, what: str = "latency") -> Figure:
+        """A plotly figure: `critical path`, `anchors`, `memory`, `latency`, `steps`, and with detail `layers`."""
+        from moesim.run_figures import figures_of
+
+        found = dict(figures_of(self.summary, self._columns))
+        if what not in found:
+            raise MoesimError(f"plot '{what}': this run has {', '.join(found)}{nearest(what, found)}")
+        return found[what]
+
+    def _columns(self, table: str, names: tuple[str, ...]) -> dict[str, Any]:
+        rows = getattr(self.records, table)
+        return {name: rows.column(name) for name in names} if len(rows) else {}
 
     def save(self, directory: Path) -> None:
         """summary.json and one Parquet file per table; no table, nor one of an older run, where nothing was served."""

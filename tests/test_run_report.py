@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from moesim.errors import MoesimError
+from moesim.question import Question, run
 from moesim.run_report import figures, read_summary, write_report
+from tests.conftest import small_trace
 
 
 @pytest.fixture
@@ -79,3 +81,11 @@ def test_what_is_no_run_is_refused(call, saved, tmp_path):
         (saved / "summary.json").write_text(text)
         with pytest.raises(MoesimError, match=r"summary\.json"):
             write_report(saved, saved / "page.html")
+
+
+def test_a_run_draws_itself_by_name(small_config):
+    found = run(small_trace(), "LRU", Question(model=str(small_config), slots_per_layer=4), detail=True)
+    for what in ("critical path", "anchors", "memory", "latency", "steps", "layers"):
+        assert found.plot(what).data
+    with pytest.raises(MoesimError, match="did you mean 'layers'"):
+        found.plot("layer")
