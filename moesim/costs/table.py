@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs.ceiling import ceiling_seconds
+from moesim.costs.esmm import grouped_seconds as esmm_seconds
 from moesim.costs.layers import ACTIVATION_BYTES, LayerCosts
 from moesim.costs.loop import active_seconds, all_seconds
 from moesim.costs.roofline import Roofline
@@ -33,6 +34,7 @@ KERNELS: dict[str, Callable[[Roofline, Model, int, int, float, float], float]] =
     "grouped": _grouped,
     "samoyeds": grouped_seconds,
     "sparse24": sparse24_seconds,
+    "esmm": esmm_seconds,
     "loop": active_seconds,
     "loop-all": all_seconds,
 }

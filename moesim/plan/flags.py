@@ -47,7 +47,7 @@ def flags(system: System, scene: Scene, bits: float, published: bool) -> dict[st
     if system.name == "KTransformers":
         limits = f"--max-running-requests {together} --context-length {context}"
         return {"KTransformers": _ktransformers(system, machine, scene.model.name, bits) + limits + UNTESTED}
-    if system.all_resident and published:
+    if system.all_resident and published and system.kernel != "esmm":
         several = _vllm_parallel(system, scene) if machine.gpus > 1 else ""
         limits = f" --max-num-seqs {together} --max-model-len {context}"
         return {"vLLM": f"vllm serve {scene.model.name}{several}{limits}{UNTESTED}"}

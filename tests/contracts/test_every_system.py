@@ -24,9 +24,9 @@ from moesim.transforms.transform import Transformed, nothing
 
 # All that the field knows them by: a name that is missing or changed breaks users' scripts.
 NAMES = (
-    "SiDA", "Samoyeds", "eMoE", "fMoE", "HOBBIT", "MC", "AdapMoE", "EEP", "SEER-MoE", "MEO", "TSEP", "on-demand",
-    "DeepSpeed", "static", "LRU", "LFU", "FIFO", "Belady", "Mixtral-Offloading", "Pre-gated", "MoE-Infinity", "ProMoE",
-    "Fiddler", "KTransformers", "ExpertFlow", "EPLB", "all-resident",
+    "SiDA", "Samoyeds", "HEXA-MoE", "eMoE", "fMoE", "HOBBIT", "MC", "AdapMoE", "EEP", "SEER-MoE", "MEO", "TSEP",
+    "on-demand", "DeepSpeed", "static", "LRU", "LFU", "FIFO", "Belady", "Mixtral-Offloading", "Pre-gated",
+    "MoE-Infinity", "ProMoE", "Fiddler", "KTransformers", "ExpertFlow", "EPLB", "all-resident",
 )  # fmt: skip
 VARIANTS = (
     "SiDA(variant='code')", "HOBBIT(variant='cooperative')", "MoE-Infinity(eviction='code')", "MC(odp=True)",

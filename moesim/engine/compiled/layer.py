@@ -10,9 +10,12 @@ from moesim.engine.compiled.state import (
     C_CHAIN,
     C_DEMAND,
     C_EXPERT,
+    C_FLYING,
     C_KEY,
     C_LATE,
+    C_LINK,
     C_NEXT,
+    C_PARTS,
     C_RESERVED,
     C_TICK,
     C_TOKENS,
@@ -23,6 +26,7 @@ from moesim.engine.compiled.state import (
     COST_LOW,
     COUNTS_TOTALS,
     EXPERTS,
+    FETCH,
     HANDOFF,
     HANDOFF_NS,
     HELD,
@@ -31,15 +35,18 @@ from moesim.engine.compiled.state import (
     HOSTED,
     HOSTING,
     KEEP,
+    L_STARTED,
     LANDED,
     LAST_STEP,
     LAST_USE,
+    LATE_HOST,
     LATES,
     LOOKUPS,
     MISSES,
     NEEDS,
     NEXT_USE,
     NONE,
+    NOW,
     ON_HOST,
     OUTSTANDING,
     PARTS,
@@ -69,6 +76,7 @@ from moesim.engine.compiled.transfers import (
     find_cost,
     free_copy,
     in_host,
+    last_link,
     new_copy,
     promote,
     read_for_host,
@@ -212,7 +220,7 @@ def classify(s, layer):
     looks = s.next_use.shape[0] > 0
     if looks:
         note_next_use(s, layer)
-    n_resident = n_late = n_missed = 0
+    n_resident = n_late = n_missed = n_hosted = 0
     for n in range(g[WANTED]):
         expert, tokens = s.wanted[n, 0], s.wanted[n, 1]
         key, high = base + expert, expert < experts
@@ -234,6 +242,11 @@ def classify(s, layer):
             s.copy[copy, C_LATE] = 0
             s.missed[n_missed] = copy
             n_missed += 1
+        elif s.choice[LATE_HOST] and _hosts_late(s, copy, tokens):
+            copy = new_copy(s, key, 1, FOREVER, s.choice[KEEP])
+            s.copy[copy, C_LATE] = 1  # among the missed: for the CPU, while the copy that was under way goes on
+            s.missed[n_missed] = copy
+            n_missed, n_hosted, held = n_missed + 1, n_hosted + 1, 0
         else:
             s.copy[copy, C_LATE] = 1
             s.late[n_late] = copy
@@ -246,9 +259,21 @@ def classify(s, layer):
     g[RESIDENT] = n_resident
     g[LOOKUPS] += g[WANTED]
     g[HITS] += n_resident
-    g[LATES] += n_late
-    g[MISSES] += n_missed
+    g[LATES] += n_late + n_hosted
+    g[MISSES] += n_missed - n_hosted
     return n_late, n_missed
+
+
+@inner
+def _hosts_late(s, copy, tokens):
+    """Whether the CPU is quicker than waiting for what is on its way; both alone."""
+    c, link = s.copy[copy], last_link(s)
+    if s.choice[RULE] == FETCH or s.choice[UNIFIED] or c[C_LINK] != link:
+        return False
+    left = c[C_PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1]
+    if c[C_FLYING]:
+        left -= s.g[NOW] - s.link[link, L_STARTED]
+    return find_cost(s, COST_HOST, 0, tokens) <= left + find_cost(s, COST_HIGH, 1, tokens)
 
 
 @inner
@@ -368,7 +393,7 @@ def _on_host(s, copy):
     rule, c = s.choice[RULE], s.copy[copy]
     if s.choice[UNIFIED] or rule not in (ON_HOST, CHEAPER):
         return False
-    if rule == ON_HOST:
+    if rule == ON_HOST or c[C_LATE]:
         return True
     tokens = c[C_TOKENS]
     fetch_ns = s.choice[PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
