@@ -274,7 +274,10 @@ class Scene:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
         costs = self.costs(scale, system.graph)
         # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
-        offloaded = not system.all_resident and not (system.misses.rule == system.misses.rule_of(True) == "host")
+        pinned = system.placement.pinned and ledger.expert_bytes >= self._served(system).total_expert_bytes
+        held = system.all_resident or pinned  # nothing is ever absent
+        decode, prompts = (not held and system.misses.rule_of(after) != "host" for after in (False, True))
+        offloaded = decode, prompts
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)

@@ -44,13 +44,15 @@ class CostTable:
     """Costs of `model` on one device of `machine` with the primitives `costs`; the same question has the same answer.
 
     offloaded: the host follows the routing, as every expert cache must, which costs each MoE layer a synchronisation;
+    of two, in passes without prompt tokens and in passes with them;
     False when all experts are resident. Per-expert costs are those of the model's average expert. kernel: which one
     computes experts on the device.
     """
 
     def __init__(
-        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool = True, kernel: str = "grouped"
-    ) -> None:
+        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool | tuple[bool, bool] = True,
+        kernel: str = "grouped",
+    ) -> None:  # fmt: skip
         costs = costs.serving(model)
         self.model, self.machine, self.costs = model, machine, costs
         self.label = costs.label
@@ -60,7 +62,7 @@ class CostTable:
         self.copy_rate, self.read_rate, self.host_rate = costs.copy_gbps, costs.read_gbps, costs.host_gbps
         self.handoff_ns = ns(costs.handoff())
         self._experts = KERNELS[kernel]
-        self._layers = LayerCosts(model, costs, offloaded)
+        self._layers = LayerCosts(model, costs, (offloaded, offloaded) if isinstance(offloaded, bool) else offloaded)
         self._expert_bytes = model.total_expert_bytes / (model.experts * len(model.moe_layers))
         self._grouped: dict[tuple[int, int, float | None], int] = {}
         self._host: dict[tuple[int, float | None], int] = {}
