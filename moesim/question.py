@@ -273,8 +273,9 @@ class Scene:
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
         costs = self.costs(scale, system.graph)
-        # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
-        offloaded = not system.all_resident and not (system.misses.rule == system.misses.rule_of(True) == "host")
+        # Where absent experts run on the CPU, the hand-off brings the routing down; only a changing cache asks for it.
+        changing = system.cache and not system.placement.pinned
+        offloaded = not system.all_resident and (system.misses.rule != "host" or changing)
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)
