@@ -17,6 +17,8 @@ BOX = machine("rtx-4090", host__cores=64, **SERVER)
 THREADS, TOKEN_S, EXPERT_FLOPS = 16, 3e-3, 2 * 3 * 4096 * 14336
 CORE = EXPERT_FLOPS / TOKEN_S / THREADS / 1e9 / efficiencies().core_server
 BOXES = {
+    "Mixtral-Offloading": (BOX, TRANSFORMERS),
+    "MoE-Infinity": (BOX, TRANSFORMERS),
     "llama.cpp": (machine("rtx-4090", host__cores=64, host__pinned=False, **SERVER), ()),
     "Fiddler": (
         machine("rtx-4090", host__cores=THREADS, host__pinned=False, efficiencies__core_gflops=CORE, **SERVER),
