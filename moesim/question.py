@@ -273,11 +273,14 @@ class Scene:
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
         costs = self.costs(scale, system.graph)
-        # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
         pinned = system.placement.pinned and ledger.expert_bytes >= self._served(system).total_expert_bytes
         held = system.all_resident or pinned  # nothing is ever absent
-        decode, prompts = (not held and system.misses.rule_of(after) != "host" for after in (False, True))
-        offloaded = decode, prompts
+        changing = system.cache and not system.placement.pinned
+
+        def offloaded(prompts: bool, tokens: int) -> bool:
+            # Where absent experts run on the CPU, the hand-off brings the routing down; only a changing cache asks too.
+            return not held and (changing or system.misses.rule_of(prompts, tokens) != "host")
+
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +24,9 @@ Prefill = Sequence[tuple[int, int]]
 class LayerCosts:
     """Costs of a model's layers, computed once per kind of layer: full, windowed or no attention; MoE or dense."""
 
-    def __init__(self, model: Model, costs: Roofline, offloaded: tuple[bool, bool]) -> None:
+    def __init__(self, model: Model, costs: Roofline, offloaded: Callable[[bool, int], bool]) -> None:
         self._model, self._costs = model, costs
-        self._route = [costs.routing() if followed else 0.0 for followed in offloaded]  # without prompts, with them
+        self._offloaded, self._route = offloaded, costs.routing()
         self.layer_bits, self.head_bits = weight_bits(model)
         self._attention_params = model.attention_params(model.kv_layers[0]) if model.kv_layers else 0
         stateful = model.layers - len(model.kv_layers)
@@ -98,7 +98,8 @@ class LayerCosts:
     def _by_kind(self, tokens: int, sequences: int, full: Any, windowed: Any, prompts: bool = False) -> list[Any]:
         """ns of every kind of layer; of many steps where `full` and `windowed`, seconds of attention, are arrays."""
         attending, stateful, dense, moe = self._linear.get(tokens) or self._weights(tokens)
-        moe += self._route[prompts]
+        if self._offloaded(prompts, tokens):
+            moe += self._route
         full, windowed = attending + full, attending + windowed
         if self._state_bytes:
             stateful += self._costs.attention(2 * sequences * self._state_bytes, 0)

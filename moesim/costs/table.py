@@ -44,13 +44,13 @@ class CostTable:
     """Costs of `model` on one device of `machine` with the primitives `costs`; the same question has the same answer.
 
     offloaded: the host follows the routing, as every expert cache must, which costs each MoE layer a synchronisation;
-    of two, in passes without prompt tokens and in passes with them;
+    asked with whether a pass holds prompt tokens, and how many tokens, where that matters;
     False when all experts are resident. Per-expert costs are those of the model's average expert. kernel: which one
     computes experts on the device.
     """
 
     def __init__(
-        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool | tuple[bool, bool] = True,
+        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool | Callable[[bool, int], bool] = True,
         kernel: str = "grouped",
     ) -> None:  # fmt: skip
         costs = costs.serving(model)
@@ -62,7 +62,7 @@ class CostTable:
         self.copy_rate, self.read_rate, self.host_rate = costs.copy_gbps, costs.read_gbps, costs.host_gbps
         self.handoff_ns = ns(costs.handoff())
         self._experts = KERNELS[kernel]
-        self._layers = LayerCosts(model, costs, (offloaded, offloaded) if isinstance(offloaded, bool) else offloaded)
+        self._layers = LayerCosts(model, costs, (lambda *_: offloaded) if isinstance(offloaded, bool) else offloaded)
         self._expert_bytes = model.total_expert_bytes / (model.experts * len(model.moe_layers))
         self._grouped: dict[tuple[int, int, float | None], int] = {}
         self._host: dict[tuple[int, float | None], int] = {}

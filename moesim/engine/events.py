@@ -149,7 +149,7 @@ class Device:
         """Run one forward pass; returns when its last layer has ended."""
         env, spent, detail = self._env, self.counts.spent, self._records.detail
         rows, next_rows = batch.rows_of(i), batch.next_rows_of(i)
-        self._rule = self._system.misses.rule_of(bool(batch.prefill))
+        self._rule = self._system.misses.rule_of(bool(batch.prefill), len(rows))
         chosen = self._by_layer(self._trace.experts, rows)
         ahead = self._by_layer(self._knowledge.next_use, rows)
         believed = [
@@ -444,7 +444,10 @@ class Device:
             if table.unified:
                 choice = "fetch"  # CPU and GPU see the same memory, and the expert is not in it
             elif choice == "cheaper":  # a read from the drive would come before either
-                choice = cheaper(self._fetch_ns(copy, tokens), table.host_expert_ns(tokens))
+                if below := self._system.misses.host_below:
+                    choice = "host" if tokens < below else "fetch"
+                else:
+                    choice = cheaper(self._fetch_ns(copy, tokens), table.host_expert_ns(tokens))
             (hosted if choice == "host" else demands).append(copy)
         if late and misses:
             demands.sort(key=lambda copy: copy.wanted or (0,))

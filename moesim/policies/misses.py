@@ -27,6 +27,8 @@ class Misses:
     thresholds: (T1, T2) of the rule `precision`; low_bits: bits per weight of the low-precision copies it fetches;
     low_share: share of the expert memory kept for them.
     prompts: the rule of passes with prompt tokens, where it is another one; both say only where experts are computed.
+    prompts_from: it is the rule of passes with at least so many tokens instead, of whatever kind; 0: see above.
+    host_below: `cheaper` is decided by the tokens of an expert alone: fewer than so many on the host; 0: by time.
     late_host: what is on its way is computed on the CPU where that takes less time than the rest of its copy and the
     kernel, each alone; the copy goes on.
     defer: so many host experts of a layer may finish during the next layer's attention (KTransformers).
@@ -39,6 +41,8 @@ class Misses:
     low_bits: float | None = None
     low_share: float = 0.2
     prompts: str | None = None
+    prompts_from: int = 0
+    host_below: int = 0
     late_host: bool = False
     defer: int = 0
     own: Any = None
@@ -54,9 +58,15 @@ class Misses:
             raise PolicyError(
                 f"misses.prompts {self.prompts} beside misses.rule {self.rule}: both must be one of {', '.join(PLACES)}"
             )
+        if self.prompts_from < 0 or (self.prompts_from and self.prompts is None):
+            raise PolicyError(f"misses.prompts_from {self.prompts_from}: a number of tokens, beside misses.prompts")
+        if self.host_below < 0 or (self.host_below and "cheaper" not in (self.rule, self.prompts)):
+            raise PolicyError(f"misses.host_below {self.host_below}: a number of tokens, beside misses.rule cheaper")
         if self.late_host and self.rule not in ("host", "cheaper"):
             raise PolicyError("misses.late_host needs experts on the host; set misses.rule to host or cheaper")
-        if self.own is not None and (self.rule_of(True) != "fetch" or not hasattr(self.own, "on_miss")):
+        if self.own is not None and (
+            {self.rule, self.prompts or "fetch"} != {"fetch"} or not hasattr(self.own, "on_miss")
+        ):
             raise PolicyError(
                 f"misses {type(self.own).__name__} needs a method on_miss(miss), and misses.rule fetch beside it"
             )
@@ -81,9 +91,10 @@ class Misses:
     def may_host(self) -> bool:
         return not {self.rule, self.prompts}.isdisjoint(("host", "cheaper")) or self.own is not None
 
-    def rule_of(self, prompts: bool) -> str:
-        """The rule of a pass that holds prompt tokens, or none."""
-        return (prompts and self.prompts) or self.rule
+    def rule_of(self, prompts: bool, tokens: int) -> str:
+        """The rule of a pass of so many tokens, some of which are of prompts or none."""
+        other = tokens >= self.prompts_from if self.prompts_from else prompts
+        return (other and self.prompts) or self.rule
 
     @property
     def substitutes(self) -> bool:

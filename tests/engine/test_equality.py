@@ -110,9 +110,11 @@ def systems(draw: st.DrawFn) -> System:
     )  # fmt: skip
     rule = draw(st.sampled_from(["fetch", "host", "cheaper", "reroute", "skip", "precision"]))
     anywhere = rule in ("host", "cheaper", "fetch")
+    prompts = draw(st.sampled_from([None, "fetch", "host", "cheaper"])) if anywhere else None
     misses = Misses(
-        rule, low_bits=4.5 if rule == "precision" else None, low_share=0.5,
-        prompts=draw(st.sampled_from([None, "fetch", "host", "cheaper"])) if anywhere else None,
+        rule, low_bits=4.5 if rule == "precision" else None, low_share=0.5, prompts=prompts,
+        prompts_from=draw(st.integers(0, 3)) if prompts else 0,
+        host_below=draw(st.integers(0, 3)) if "cheaper" in (rule, prompts) else 0,
         late_host=rule in ("host", "cheaper") and draw(st.booleans()),
     )  # fmt: skip
     predictor = Oracle(draw(st.floats(0.1, 1)), distance=draw(st.integers(0, 3)))

@@ -32,6 +32,7 @@ from moesim.engine.compiled.state import (
     HELD,
     HIGH_USES,
     HITS,
+    HOST_BELOW,
     HOSTED,
     HOSTING,
     KEEP,
@@ -396,6 +397,8 @@ def _on_host(s, copy):
     if rule == ON_HOST or c[C_LATE]:
         return True
     tokens = c[C_TOKENS]
+    if s.choice[HOST_BELOW]:
+        return tokens < s.choice[HOST_BELOW]
     fetch_ns = s.choice[PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
     return find_cost(s, COST_HOST, 0, tokens) <= fetch_ns
 

@@ -234,7 +234,7 @@ def _choices(
         st.GLOBAL: eviction.scope == "global", st.CHANGING: eviction.changing, st.TERMS: len(eviction.score),
         st.PRODUCT: eviction.combine == "product", st.HORIZON: eviction.window * trace.layers,
         st.LOOKS_AHEAD: eviction.looks_ahead, st.RULE: RULES[misses.rule], st.KEEP: misses.keep, st.DEFER: misses.defer,
-        st.LATE_HOST: misses.late_host,
+        st.LATE_HOST: misses.late_host, st.HOST_BELOW: misses.host_below,
         st.WRITE_BACK: system.transfer.write_back, st.UNIT_LAYER: system.transfer.unit == "layer",
         st.PARTS: table.matrices if system.transfer.unit == "matrix" else 1,
         st.PER_LAYER: -1 if prefetch.per_layer is None else prefetch.per_layer,
