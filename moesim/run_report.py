@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ def write_report(directory: Path, output: Path) -> dict[str, Any]:
         inputs = summary["inputs"]
         title = f"{inputs['system']['name']} serving {inputs['model']['name']} on {inputs['machine']['name']}"
         details = f"{text}\n\narguments\n{to_json(inputs['arguments'])}\n\nsystem\n{to_json(inputs['system'])}"
-        shown = list(figures(summary, directory))
+        shown = figures(summary, directory).values()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoesimError(
             f"{directory / 'summary.json'}: not a summary of this moesim ({error!r}); run 'moesim replay -o' again"
@@ -65,10 +64,9 @@ def _lead(s: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def figures(s: dict[str, Any], directory: Path) -> Iterator[Figure]:
-    """Everything there is to draw of the run saved in `directory`."""
-    drawn = figures_of(s, lambda table, names: _columns(directory / f"{table}.parquet", names))
-    return (figure for _, figure in drawn)
+def figures(s: dict[str, Any], directory: Path) -> dict[str, Figure]:
+    """Everything there is to draw of the run saved in `directory`, by name."""
+    return dict(figures_of(s, lambda table, names: _columns(directory / f"{table}.parquet", names)))
 
 
 def _columns(path: Path, names: tuple[str, ...]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_the_page_holds_the_run_and_loads_nothing(call, saved):
 
 def test_figures_show_the_numbers_of_the_summary(saved):
     summary = read_summary(saved)
-    drawn = {figure.layout.title.text: figure for figure in figures(summary, saved)}
+    drawn = {figure.layout.title.text: figure for figure in figures(summary, saved).values()}
     path = drawn["Where the critical path goes"].data[0]
     assert sum(path.x) == pytest.approx(100)
     speed = drawn["Beside the four anchors"].data[0]
