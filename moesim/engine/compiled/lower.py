@@ -98,7 +98,7 @@ def lower_state(
     g = ints(128)
     g[[st.POSITION, st.TIER_HEAD, st.TIER_TAIL]] = st.NONE
     g[st.SCRATCH] = slots.scratch
-    copy = ints(copies, 25)
+    copy = ints(copies, 32)
     copy[:, st.C_CHAIN] = [*range(1, copies), st.NONE]
     pool = ints(len(sizes), 4)
     pool[:, 0] = sizes
@@ -197,7 +197,7 @@ def _bytes_and_times(
     """Per key: `static`; per size and part of a copy: (bytes, ns over the link, ns from the drive, ns back)."""
     parts = table.matrices if system.transfer.unit == "matrix" else 1
     low_bits = system.misses.low_bits
-    static = np.zeros((layers * 2 * experts, 6), dtype=np.int64)
+    static = np.zeros((layers * 2 * experts, 8), dtype=np.int64)
     rows: dict[int, int] = {}  # of part_ns, by size
     reads = reads or table.unified
     for layer in range(layers):
@@ -207,7 +207,7 @@ def _bytes_and_times(
         for expert, size in enumerate(sizes):
             low = expert >= experts
             pool = low * (layers if by_layer else 1) + (layer if by_layer else 0)
-            static[base + expert] = size, pool, layer, expert, expert % experts, rows.setdefault(size, len(rows))
+            static[base + expert, :6] = size, pool, layer, expert, expert % experts, rows.setdefault(size, len(rows))
     times = [_part_times(table, size, parts, reads, system.transfer.write_back) for size in rows]
     return static, np.stack(times)
 

@@ -5,15 +5,17 @@ Every expert that may hold a slot has a key, layer x 2 experts + expert; ids fro
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.imputils import lower_getattr_generic
+from numba.core import cgutils
+from numba.core.imputils import lower_builtin, lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, models, register_model, typeof_impl, unbox
-from numba.np.arrayobj import make_array, populate_array
+from numba.np.arrayobj import getitem_array_tuple, make_array, populate_array, setitem_array
 from numba.np.numpy_support import from_dtype
 from numpy.typing import NDArray
 
@@ -111,10 +113,10 @@ FIELDS = (
     ("thresholds", "f", 1),  # [2] of the rule `precision`
     ("entry", "i", 2),  # [K, 16]
     ("plan", "f", 1),  # [K]
-    ("copy", "i", 2),  # [C, 25]
+    ("copy", "i", 2),  # [C, 32]
     ("copy_plan", "f", 1),  # [C]
     ("coming", "i", 1),  # [K] copy, or NONE
-    ("static", "i", 2),  # [K, 6]: see S_BYTES
+    ("static", "i", 2),  # [K, 8]: see S_BYTES
     ("part_ns", "i", 3),  # [sizes, 3 parts, 4]: bytes; ns of H2D, of NVMe; [.., 0, 3]: D2H of the whole expert
     ("landed", "i", 1),  # [layers] experts that have landed
     ("here", "i", 1),  # [layers] experts that hold a slot
@@ -186,6 +188,12 @@ FIELDS = (
 DTYPES: dict[str, Any] = {"i": np.int64, "f": np.float64, "h": np.int16, "w": np.int32, "e": np.float32}
 
 
+# Numbers in a row where a constant helps.
+WIDTHS = {
+    "entry": 16, "copy": 32, "static": 8, "pool": 4, "offered": 3, "link": 9, "queue": 2, "ring": 3, "flow": 3, "flow_at": 3,
+    "event": 5, "tier": 3, "planned": 2, "wanted": 2, "need": 3, "call": 4, "ranked": 3, "wave": 5,
+    "layer_row": len(LAYER), "transfer_row": len(TRANSFER), "kernel_row": len(KERNEL),
+}  # fmt: skip
 WORDS = 5  # of a field in the table: address, shape
 
 
@@ -208,6 +216,7 @@ class State:
         _, kind, ndim = FIELDS[at]
         assert array.ndim == ndim and array.flags.c_contiguous
         assert array.dtype == DTYPES[kind]
+        assert array.shape[-1] == WIDTHS.get(name, array.shape[-1])
         setattr(self, name, array)
         self._table[at, 0] = array.ctypes.data
         self._table[at, 1 : 1 + ndim] = array.shape
@@ -249,9 +258,29 @@ def _unbox_state(kind: Any, value: Any, c: Any) -> NativeValue:
     return NativeValue(native, is_error=c.pyapi.c_api_error())
 
 
-def _array_type(name: str) -> types.Array:
+class Field(types.Array):
+    """An array of FIELDS, or a row of one. Whole numbers that index it are never negative, so nothing is spent on
+    counting back from the end."""
+
+    def __init__(self, dtype: Any, ndim: int) -> None:
+        super().__init__(dtype, ndim, "C", name=f"MoesimField({dtype}, {ndim})")
+
+    @property
+    def mangling_args(self) -> tuple[str, tuple[Any, ...]]:
+        return self.name, ()
+
+    def copy(self, dtype: Any = None, ndim: Any = None, layout: Any = None, readonly: Any = None) -> Any:
+        if dtype is None and ndim and ndim < self.ndim and layout == "C":
+            return Field(self.dtype, ndim)
+        return super().copy(dtype, ndim, layout, readonly)
+
+
+register_model(Field)(models.ArrayModel)
+
+
+def _field(name: str) -> Field:
     _, kind, ndim = FIELDS[_PLACE[name]]
-    return types.Array(from_dtype(np.dtype(DTYPES[kind])), ndim, "C")
+    return Field(from_dtype(np.dtype(DTYPES[kind])), ndim)
 
 
 @infer_getattr
@@ -259,13 +288,13 @@ class _StateAttributes(AttributeTemplate):
     key = StateType
 
     def generic_resolve(self, kind: Any, name: str) -> Any:  # type: ignore[override]
-        return _array_type(name) if name in _PLACE else None
+        return _field(name) if name in _PLACE else None
 
 
 @lower_getattr_generic(StateType)
 def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: str) -> Any:
     """`state.name` as an array over the memory that the table tells of."""
-    array_type = _array_type(name)
+    array_type = _field(name)
     word = ir.IntType(64)
     table = builder.inttoptr(address, word.as_pointer())
 
@@ -276,6 +305,8 @@ def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: 
 
     array = make_array(array_type)(context, builder)
     shape = [entry(1 + i) for i in range(array_type.ndim)]
+    if name in WIDTHS:
+        shape[-1] = word(WIDTHS[name])
     strides: list[Any] = []
     size_of = np.dtype(DTYPES[FIELDS[_PLACE[name]][1]]).itemsize
     stride = word(size_of)
@@ -285,6 +316,54 @@ def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: 
     data = builder.inttoptr(entry(0), context.get_data_type(array_type.dtype).as_pointer())
     populate_array(array, data=data, shape=shape, strides=strides, itemsize=word(size_of), meminfo=None)
     return array._getvalue()
+
+
+def _element(context: Any, builder: Any, field: Any, array: Any, kinds: Any, indices: Any) -> Any:
+    """Address of the element, or of the first one of what the indices leave."""
+    array = make_array(field)(context, builder, array)
+    strides = cgutils.unpack_tuple(builder, array.strides, field.ndim)
+    offset = ir.Constant(ir.IntType(64), 0)
+    for kind, index, stride in zip(kinds, indices, strides, strict=False):
+        offset = builder.add(offset, builder.mul(context.cast(builder, index, kind, types.intp), stride))
+    at = builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [offset], inbounds=True)
+    return builder.bitcast(at, array.data.type)
+
+
+def _get(context: Any, builder: Any, sig: Any, array: Any, kinds: Any, indices: Any) -> Any:
+    field, result = sig.args[0], sig.return_type
+    at = _element(context, builder, field, array, kinds, indices)
+    if not isinstance(result, types.Array):
+        return builder.load(at)
+    whole, part = make_array(field)(context, builder, array), make_array(result)(context, builder)
+    shape = cgutils.unpack_tuple(builder, whole.shape, field.ndim)[len(indices) :]
+    strides = cgutils.unpack_tuple(builder, whole.strides, field.ndim)[len(indices) :]
+    populate_array(part, data=at, shape=shape, strides=strides, itemsize=whole.itemsize, meminfo=None)
+    return part._getvalue()
+
+
+@lower_builtin(operator.getitem, Field, types.Integer)
+def _get_by_number(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return _get(context, builder, sig, args[0], [sig.args[1]], [args[1]])
+
+
+@lower_builtin(operator.getitem, Field, types.BaseTuple)
+def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    kinds = sig.args[1].types
+    if not all(isinstance(kind, types.Integer) for kind in kinds):
+        return getitem_array_tuple(context, builder, sig, args)
+    return _get(context, builder, sig, args[0], kinds, cgutils.unpack_tuple(builder, args[1], len(kinds)))
+
+
+@lower_builtin(operator.setitem, Field, types.Any, types.Any)
+def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    field, index, value = sig.args
+    kinds = index.types if isinstance(index, types.BaseTuple) else (index,)
+    if len(kinds) != field.ndim or not all(isinstance(kind, types.Integer) for kind in kinds):
+        return setitem_array(context, builder, sig, args)
+    indices = cgutils.unpack_tuple(builder, args[1], len(kinds)) if isinstance(index, types.BaseTuple) else [args[1]]
+    at = _element(context, builder, field, args[0], kinds, indices)
+    builder.store(context.cast(builder, args[2], value, field.dtype), at)
+    return None
 
 
 ROW_WIDTHS = {"layers": len(LAYER), "transfers": len(TRANSFER), "kernels": len(KERNEL)}
