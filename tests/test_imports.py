@@ -22,7 +22,7 @@ ROOMS = [
     ["policies"],
     ["transforms"],
     ["systems"],
-    ["records"],
+    ["packing", "records"],
     ["engine"],
     ["metrics", "timeline", "plots", "profile_plots", "contracts"],
     ["question"],

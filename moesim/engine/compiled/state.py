@@ -190,8 +190,8 @@ DTYPES: dict[str, Any] = {"i": np.int64, "f": np.float64, "h": np.int16, "w": np
 
 # Numbers in a row where a constant helps.
 WIDTHS = {
-    "entry": 16, "copy": 32, "static": 8, "pool": 4, "offered": 3, "link": 9, "queue": 2, "ring": 3, "flow": 3, "flow_at": 3,
-    "event": 5, "tier": 3, "planned": 2, "wanted": 2, "need": 3, "call": 4, "ranked": 3, "wave": 5,
+    "entry": 16, "copy": 32, "static": 8, "pool": 4, "offered": 3, "link": 9, "queue": 2, "ring": 3, "flow": 3,
+    "flow_at": 3, "event": 5, "tier": 3, "planned": 2, "wanted": 2, "need": 3, "call": 4, "ranked": 3, "wave": 5,
     "layer_row": len(LAYER), "transfer_row": len(TRANSFER), "kernel_row": len(KERNEL),
 }  # fmt: skip
 WORDS = 5  # of a field in the table: address, shape
@@ -348,7 +348,7 @@ def _get_by_number(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 @lower_builtin(operator.getitem, Field, types.BaseTuple)
 def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    kinds = sig.args[1].types
+    kinds = list(sig.args[1])
     if not all(isinstance(kind, types.Integer) for kind in kinds):
         return getitem_array_tuple(context, builder, sig, args)
     return _get(context, builder, sig, args[0], kinds, cgutils.unpack_tuple(builder, args[1], len(kinds)))
