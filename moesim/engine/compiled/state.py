@@ -24,12 +24,12 @@ from moesim.records import KERNEL, LAYER, TRANSFER
 I64: TypeAlias = NDArray[np.int64]
 F64: TypeAlias = NDArray[np.float64]
 
-# Columns of `entry`, a row per key: an expert that holds a slot.
+# Columns of `entry`, a row per key: an expert that holds a slot. What a search for a victim reads comes first.
 (
-    HELD, BUSY, BYTES, BROUGHT, GUARD, HIGH_USES, KEPT, LAST_STEP, LAST_USE, NEXT_USE, PINNED, PREFETCHED,
-    READ_END, TOKENS, USES, MEMBER,
-) = range(16)  # fmt: skip
-ABSENT, RESERVED, LANDED = range(3)  # values of HELD
+    BUSY, BROUGHT, GUARD, LAST_USE, NEXT_USE, PINNED, PREFETCHED, KEPT,
+    BYTES, HIGH_USES, LAST_STEP, READ_END, TOKENS, USES, MEMBER,
+) = range(15)  # fmt: skip
+ABSENT, RESERVED, LANDED = range(3)  # values of `held`
 
 # Columns of `copy`: an expert on its way. USED counts up at each use of the row.
 (
@@ -68,8 +68,8 @@ SPENT = {
     LAYERS, EXPERTS, TOP_K, GLOBAL, CHANGING, FEATURE, TERMS, PRODUCT, HORIZON, LOOKS_AHEAD, RULE, KEEP, DEFER,
     WRITE_BACK, UNIT_LAYER, PARTS, PER_LAYER, FIRST_MISSING, PIN, LATENCY, BLOCKING, ORDER, BULK, CACHE,
     KEEPS_PREFETCHED, LOW_POOLS, UNIFIED, HANDOFF_NS, TIERED, TIER_CAPACITY, DETAIL, SEED, WAVES, COUNTS_TOTALS,
-    STEALS, FLUID, SHARED, PINNED_START,
-) = range(38)  # fmt: skip
+    STEALS, FLUID, SHARED, PINNED_START, LISTED,
+) = range(39)  # fmt: skip
 FETCH, ON_HOST, CHEAPER, REROUTE, SKIP_RULE, PRECISION = range(6)  # RULE
 BY_LAYER, LINEAR, INVERSE = range(3)  # ORDER
 FEATURES = (
@@ -112,18 +112,19 @@ FIELDS = (
     ("feature", "i", 1),  # [terms]
     ("thresholds", "f", 1),  # [2] of the rule `precision`
     ("entry", "i", 2),  # [K, 16]
+    ("held", "h", 1),  # [K] whether it holds a slot: ABSENT, RESERVED or LANDED
     ("plan", "f", 1),  # [K]
     ("copy", "i", 2),  # [C, 32]
     ("copy_plan", "f", 1),  # [C]
-    ("coming", "i", 1),  # [K] copy, or NONE
+    ("coming", "w", 1),  # [K] copy, or NONE
     ("static", "i", 2),  # [K, 8]: see S_BYTES
     ("part_ns", "i", 3),  # [sizes, 3 parts, 4]: bytes; ns of H2D, of NVMe; [.., 0, 3]: D2H of the whole expert
     ("landed", "i", 1),  # [layers] experts that have landed
     ("here", "i", 1),  # [layers] experts that hold a slot
-    ("pool", "i", 2),  # [P, 4]: capacity, used, members, heap items
+    ("pool", "i", 2),  # [P, 8]: see moesim.engine.compiled.victims
     ("member", "i", 2),  # [P, slots] keys that hold a slot of the pool
     ("heap", "i", 2),  # [P, twice the slots]: keys of evictable experts and of some that no longer are
-    ("offered", "i", 2),  # [K, 3]: see moesim.engine.compiled.victims
+    ("offered", "i", 2),  # [K, 8]: see moesim.engine.compiled.victims
     ("offered_score", "f", 1),  # [K]
     ("popularity", "f", 2),  # [layers, experts]
     ("totals", "i", 2),  # [layers, experts]
@@ -144,7 +145,7 @@ FIELDS = (
     ("done", "i", 1),  # [2 experts] keys computed in the present layer
     ("planned", "i", 2),  # [K, 2]: copy, its STATE
     ("older", "i", 1),  # [K] copies of the plan before
-    ("wanted", "i", 2),  # [2 experts, 2]: expert, tokens
+    ("wanted", "i", 2),  # [2 experts + 1, 2]: expert, tokens
     ("mark", "i", 1),  # [2 experts] last STAMP
     ("count", "i", 1),  # [2 experts] place in `wanted`, or tokens
     ("tally", "i", 1),  # [experts] tokens that chose it, while they are counted
@@ -155,6 +156,7 @@ FIELDS = (
     ("missed", "i", 1),  # [2 experts] copies
     ("asked", "i", 1),  # [2 experts] copies, demands in order
     ("need", "i", 2),  # [items, 3]: costs the table lacks
+    ("single", "i", 2),  # [3, tokens] ns of one expert by COST_HIGH, COST_LOW, COST_HOST, or NONE
     ("cost_key", "i", 1),  # [power of two]
     ("cost_ns", "i", 1),
     ("arena", "i", 1),  # believed experts of the calls
@@ -190,7 +192,7 @@ DTYPES: dict[str, Any] = {"i": np.int64, "f": np.float64, "h": np.int16, "w": np
 
 # Numbers in a row where a constant helps.
 WIDTHS = {
-    "entry": 16, "copy": 32, "static": 8, "pool": 4, "offered": 3, "link": 9, "queue": 2, "ring": 3, "flow": 3,
+    "entry": 16, "copy": 32, "static": 8, "pool": 8, "offered": 8, "link": 9, "queue": 2, "ring": 3, "flow": 3,
     "flow_at": 3, "event": 5, "tier": 3, "planned": 2, "wanted": 2, "need": 3, "call": 4, "ranked": 3, "wave": 5,
     "layer_row": len(LAYER), "transfer_row": len(TRANSFER), "kernel_row": len(KERNEL),
 }  # fmt: skip
@@ -356,7 +358,8 @@ def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 @lower_builtin(operator.setitem, Field, types.Any, types.Any)
 def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    field, index, value = sig.args
+    field, value = sig.args[0], sig.args[2]
+    index: Any = sig.args[1]
     kinds = index.types if isinstance(index, types.BaseTuple) else (index,)
     if len(kinds) != field.ndim or not all(isinstance(kind, types.Integer) for kind in kinds):
         return setitem_array(context, builder, sig, args)
