@@ -29,7 +29,6 @@ from moesim.engine.compiled.state import (
     FETCH,
     HANDOFF,
     HANDOFF_NS,
-    HELD,
     HIGH_USES,
     HITS,
     HOST_BELOW,
@@ -72,8 +71,6 @@ from moesim.engine.compiled.state import (
 )  # fmt: skip
 from moesim.engine.compiled.transfers import (
     compute_on_host,
-    cost_key,
-    cost_place,
     find_cost,
     free_copy,
     in_host,
@@ -92,7 +89,7 @@ from moesim.policies import HIGH, LOW, SKIP
 @inner
 def find_wanted(s, layer):
     """Unique experts in order of first appearance, with how many tokens chose each, into `wanted`."""
-    chosen, tally, n, k = s.chosen, s.tally, 0, s.choice[TOP_K]
+    chosen, tally, wanted, n, k = s.chosen, s.tally, s.wanted, 0, s.choice[TOP_K]
     for at in range(s.g[ROW_AT], s.g[ROW_END]):
         row = s.row[at]
         for i in range(k):
@@ -100,9 +97,8 @@ def find_wanted(s, layer):
             if expert < 0:
                 continue
             tokens = tally[expert]
-            if not tokens:
-                s.wanted[n, 0] = expert
-                n += 1
+            wanted[n, 0] = expert  # written over where it has been seen before
+            n += tokens == 0
             tally[expert] = tokens + 1
     for place in range(n):
         expert = s.wanted[place, 0]
@@ -147,10 +143,10 @@ def _lower(s, layer):
     for n in range(g[WANTED]):
         expert, tokens = s.wanted[n, 0], s.wanted[n, 1]
         fate[n] = NONE
-        if s.entry[base + expert, HELD] == LANDED or level[n] > LOW:
+        if s.held[base + expert] == LANDED or level[n] > LOW:
             s.wanted[kept, 0], s.wanted[kept, 1] = expert, tokens
             kept += 1
-        elif level[n] == LOW or s.entry[base + expert + experts, HELD] == LANDED:
+        elif level[n] == LOW or s.held[base + expert + experts] == LANDED:
             s.wanted[kept, 0], s.wanted[kept, 1] = expert + experts, tokens
             kept += 1
             fate[n] = LOWERED
@@ -173,7 +169,7 @@ def lacking_costs(s):
     s.g[NEEDS] = 0
     for n in range(s.g[WANTED]):
         tokens = s.wanted[n, 1]
-        if s.entry[base + s.wanted[n, 0], HELD] == LANDED:
+        if s.held[base + s.wanted[n, 0]] == LANDED:
             continue
         kind = COST_LOW if s.wanted[n, 0] >= experts else COST_HIGH
         if rule != ON_HOST:
@@ -186,8 +182,7 @@ def lacking_costs(s):
 
 @inner
 def _ask(s, kind, active, tokens):
-    key = cost_key(kind, active, tokens)
-    if s.cost_key[cost_place(s.cost_key, key)] != key and s.g[NEEDS] < s.need.shape[0]:
+    if find_cost(s, kind, active, tokens) == NONE and s.g[NEEDS] < s.need.shape[0]:
         need = s.need[s.g[NEEDS]]
         need[0], need[1], need[2] = kind, active, tokens
         s.g[NEEDS] += 1
@@ -229,7 +224,7 @@ def classify(s, layer):
         ahead = s.next_of[expert % experts] if looks else NEVER
         if s.choice[COUNTS_TOTALS]:
             s.totals[layer, expert % experts] += 1
-        held = s.entry[key, HELD]
+        held = s.held[key]
         if held == LANDED:
             if s.entry[key, PREFETCHED]:
                 used(s, key)
@@ -327,14 +322,14 @@ def _choose(s, row, layer, rank):
     expert = s.chosen[row, layer, rank]
     s.taken[rank] = expert
     if s.choice[RULE] == SKIP_RULE:
-        if expert < 0 or s.entry[base + expert, HELD] != LANDED:
+        if expert < 0 or s.held[base + expert] != LANDED:
             s.taken[rank] = NONE
         return
-    if expert < 0 or s.entry[base + expert, HELD] == LANDED:
+    if expert < 0 or s.held[base + expert] == LANDED:
         return
     best, best_score = NONE, 0.0
     for e in range(experts):
-        if s.entry[base + e, HELD] != LANDED or _in_use(s, row, layer, rank, e, k):
+        if s.held[base + e] != LANDED or _in_use(s, row, layer, rank, e, k):
             continue
         liked = s.preference[row, layer, e] if s.preference.shape[0] else s.popularity[layer, e]
         if best == NONE or liked > best_score:
@@ -440,7 +435,7 @@ def _rest_of_layer(s, layer, n_late, n_missed):
     for expert in range(experts):
         key = base + expert
         copy = s.coming[key]
-        if s.mark[expert] == g[STAMP] or (copy == NONE and s.entry[key, HELD]):
+        if s.mark[expert] == g[STAMP] or (copy == NONE and s.held[key]):
             continue
         if copy == NONE:
             copy = new_copy(s, key, 1, FOREVER, s.choice[KEEP])

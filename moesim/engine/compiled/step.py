@@ -35,7 +35,6 @@ from moesim.engine.compiled.state import (
     FULL,
     GUARD,
     HANDOFF,
-    HELD,
     HIGH_USES,
     HITS,
     HITS_BEFORE,
@@ -453,7 +452,8 @@ def _place(s, layer, expert, pinned):
     if s.pool[p, USED] + s.static[key, S_BYTES] > s.pool[p, CAPACITY]:
         return
     e = s.entry[key]
-    e[HELD], e[BYTES], e[BROUGHT], e[KEPT], e[PINNED] = LANDED, s.static[key, S_BYTES], victims.take_order(s), 1, pinned
+    s.held[key] = LANDED
+    e[BYTES], e[BROUGHT], e[KEPT], e[PINNED] = s.static[key, S_BYTES], victims.take_order(s), 1, pinned
     e[LAST_USE], e[NEXT_USE], e[GUARD] = -1, 1 << 60, -1
     s.landed[layer] += 1
     s.here[layer] += 1
@@ -480,6 +480,9 @@ def _plan_later(s, delay, slot):
 @inner
 def _put_cost(s, kind, active, tokens, ns):
     """Whether it is new to the table."""
+    if active <= 1 and tokens < s.single.shape[1]:
+        s.single[kind, tokens] = ns
+        return False
     key = cost_key(kind, active, tokens)
     place = cost_place(s.cost_key, key)
     if s.cost_key[place] == key:

@@ -53,7 +53,6 @@ from moesim.engine.compiled.state import (
     FLUID,
     FREE_COPY,
     GUARD,
-    HELD,
     HIGH_USES,
     HOSTING,
     KEEP,
@@ -377,6 +376,8 @@ def cost_place(keys, key):
 @inner
 def find_cost(s, kind, active, tokens):
     """ns, or NONE where the table lacks it."""
+    if active <= 1 and tokens < s.single.shape[1]:
+        return s.single[kind, tokens]
     key = cost_key(kind, active, tokens)
     place = cost_place(s.cost_key, key)
     return s.cost_ns[place] if s.cost_key[place] == key else NONE
@@ -603,7 +604,8 @@ def reserve(s, which, copy):
 def _occupy(s, copy, key, p):
     g, c, e = s.g, s.copy[copy], s.entry[key]
     high = c[C_EXPERT] < s.choice[EXPERTS]
-    e[HELD], e[BUSY], e[BYTES], e[BROUGHT] = RESERVED, 0, c[C_LEFT], victims.take_order(s)
+    s.held[key] = RESERVED
+    e[BUSY], e[BYTES], e[BROUGHT] = 0, c[C_LEFT], victims.take_order(s)
     e[KEPT], e[PREFETCHED], e[PINNED], e[READ_END] = c[C_KEEP], not c[C_DEMAND], 0, -1
     e[LAST_USE], e[NEXT_USE] = g[TICK], min(c[C_EXPIRES], NEVER)
     e[HIGH_USES] = e[USES] = e[TOKENS] = e[LAST_STEP] = 0
@@ -666,7 +668,7 @@ def end_layer(s, layer):
     if not (s.choice[CACHE] and s.choice[KEEP]) and s.here[layer]:
         width = 2 * s.choice[EXPERTS]
         for key in range(layer * width, (layer + 1) * width):
-            if s.entry[key, HELD] == LANDED and not s.entry[key, KEPT]:
+            if s.held[key] == LANDED and not s.entry[key, KEPT]:
                 discard(s, key)
     unblock(s)
 
@@ -687,7 +689,7 @@ def _landed(s, copy):
         g[LANDING_AWAITED] = 0
         schedule(s, 0, LANDING, 0, 0)
     e = s.entry[key]
-    e[HELD] = LANDED
+    s.held[key] = LANDED
     s.landed[c[C_LAYER]] += 1
     free_copy(s, copy)
     if e[PREFETCHED]:

@@ -28,13 +28,13 @@ from moesim.engine.compiled.state import (
     F_RANDOM,
     F_RECENCY,
     GUARD,
-    HELD,
     HIGH_USES,
     HORIZON,
     LANDED,
     LAST_STEP,
     LAST_USE,
     LAYERS,
+    LISTED,
     MEMBER,
     NEXT_USE,
     NONE,
@@ -52,8 +52,11 @@ from moesim.engine.compiled.state import (
 )  # fmt: skip
 
 NO_GUARD = 1 << 62
-CAPACITY, USED, MEMBERS, ITEMS = range(4)  # columns of `pool`
-O_PLACE, O_LAST_USE, O_BROUGHT = range(3)  # columns of `offered`: place in the heap or NONE, and what was true then
+# Columns of `pool`: bytes, bytes used, its experts; items of its heap, or first and last of its list.
+CAPACITY, USED, MEMBERS, ITEMS, HEAD, TAIL = range(6)
+# Columns of `offered`: place in the heap or NONE, and what was true then; or neighbours in the list, where O_PLACE says
+# that it is in there.
+O_PLACE, O_LAST_USE, O_BROUGHT, O_BEFORE, O_AFTER = range(5)
 
 
 @inner
@@ -192,10 +195,66 @@ def _offer(s, p, key):
     _sift_down(s, p, o[O_PLACE], key)
 
 
+# Where the score is the last use, evictable experts stand in a list in that order: a newcomer belongs near its end.
+
+
+@inner
+def _insert(s, p, key):
+    """Into the list by last use, then by key, or to its new place."""
+    e, o, pool = s.entry[key], s.offered[key], s.pool[p]
+    if o[O_PLACE] != NONE:
+        _unlink(s, p, key)
+    use = e[LAST_USE]
+    o[O_PLACE], o[O_LAST_USE], o[O_BROUGHT] = 0, use, e[BROUGHT]
+    before, after = pool[TAIL], NONE
+    while before != NONE and (
+        s.offered[before, O_LAST_USE] > use or (s.offered[before, O_LAST_USE] == use and before > key)
+    ):
+        before, after = s.offered[before, O_BEFORE], before
+    o[O_BEFORE], o[O_AFTER] = before, after
+    if before == NONE:
+        pool[HEAD] = key
+    else:
+        s.offered[before, O_AFTER] = key
+    if after == NONE:
+        pool[TAIL] = key
+    else:
+        s.offered[after, O_BEFORE] = key
+
+
+@inner
+def _unlink(s, p, key):
+    o, pool = s.offered[key], s.pool[p]
+    before, after = o[O_BEFORE], o[O_AFTER]
+    if before == NONE:
+        pool[HEAD] = after
+    else:
+        s.offered[before, O_AFTER] = after
+    if after == NONE:
+        pool[TAIL] = before
+    else:
+        s.offered[after, O_BEFORE] = before
+    o[O_PLACE] = NONE
+
+
+@inner
+def _oldest(s, p, position):
+    """The first of the list that is evictable and not guarded; those that no longer are evictable leave it."""
+    key = s.pool[p, HEAD]
+    while key != NONE:
+        following = s.offered[key, O_AFTER]
+        if not _fresh(s, key):
+            _unlink(s, p, key)
+        elif s.entry[key, GUARD] <= position:
+            return key
+        key = following
+    return NONE
+
+
 @inner
 def rebuild(s, p):
     """Score every evictable expert anew."""
-    if s.choice[CHANGING]:
+    if s.choice[CHANGING] or s.choice[LISTED]:
         return
     for i in range(s.pool[p, ITEMS]):
         s.offered[s.heap[p, i], O_PLACE] = NONE
@@ -203,7 +262,7 @@ def rebuild(s, p):
     for i in range(s.pool[p, MEMBERS]):
         key = s.member[p, i]
         e = s.entry[key]
-        if e[HELD] == LANDED and not e[BUSY] and not e[PINNED]:
+        if s.held[key] == LANDED and not e[BUSY] and not e[PINNED]:
             _offer(s, p, key)
 
 
@@ -213,7 +272,10 @@ def offer(s, key):
     e = s.entry[key]
     if s.choice[CHANGING] or e[PINNED]:
         return
-    _offer(s, s.static[key, S_POOL], key)
+    if s.choice[LISTED]:
+        _insert(s, s.static[key, S_POOL], key)
+    else:
+        _offer(s, s.static[key, S_POOL], key)
 
 
 @inner
@@ -241,6 +303,8 @@ def remove(s, p, key):
 def victim(s, p, guarded):
     """The evictable expert of the lowest score, or NONE. guarded: predicted ones too."""
     position = NO_GUARD if guarded else s.g[POSITION]
+    if s.choice[LISTED]:
+        return _oldest(s, p, position)
     if s.choice[CHANGING]:
         return _lowest(s, p, position)
     return _top(s, p, position)
@@ -252,7 +316,7 @@ def _lowest(s, p, position):
     for i in range(s.pool[p, MEMBERS]):
         key = s.member[p, i]
         e = s.entry[key]
-        if e[HELD] != LANDED or e[BUSY] or e[PINNED] or e[GUARD] > position:
+        if s.held[key] != LANDED or e[BUSY] or e[PINNED] or e[GUARD] > position:
             continue
         value, use = score(s, key), e[LAST_USE]
         if best != NONE:
@@ -268,7 +332,7 @@ def _lowest(s, p, position):
 def _fresh(s, key):
     """Whether the heap still tells the truth of an expert: it is evictable, and was not touched since."""
     e, o = s.entry[key], s.offered[key]
-    return e[HELD] == LANDED and not e[BUSY] and e[BROUGHT] == o[O_BROUGHT] and e[LAST_USE] == o[O_LAST_USE]
+    return s.held[key] == LANDED and not e[BUSY] and e[BROUGHT] == o[O_BROUGHT] and e[LAST_USE] == o[O_LAST_USE]
 
 
 @inner
@@ -304,10 +368,10 @@ def take_order(s):
 def forget(s, key):
     """The expert gives its place up."""
     layer = s.static[key, S_LAYER]
-    if s.entry[key, HELD] == LANDED:
+    if s.held[key] == LANDED:
         s.landed[layer] -= 1
     s.here[layer] -= 1
-    s.entry[key, HELD] = ABSENT
+    s.held[key] = ABSENT
 
 
 @inner
