@@ -59,6 +59,9 @@ EngineOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+PricesOption = Annotated[
+    Path | None, typer.Option("--prices", help="CSV of prices in place of moesim's own (docs/prices.md).")
+]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the results.")]
 
 
@@ -78,7 +81,7 @@ def _root(
 
 
 def _question(
-    model: str | None, machine: str, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
+    model: str | None, machine: Any, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
     request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
     num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int, engine: str,
     goodput: list[str] | None = None,
@@ -144,6 +147,7 @@ def replay(
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
     anchors: Annotated[bool, typer.Option("--anchors/--no-anchors", help="Also run the four anchors.")] = True,
+    prices: PricesOption = None,
     timeline: Annotated[Path | None, typer.Option("--timeline", help="Write a timeline for ui.perfetto.dev.")] = None,
     as_json: JsonOption = False,
     output: OutputOption = None,
@@ -155,8 +159,8 @@ def replay(
     from moesim.trace.io import read
 
     question = _question(
-        model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
+        model, _priced(machine, prices), expert_memory, slots_per_layer, workload, request_rate, burstiness,
+        max_concurrency, max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
     )  # fmt: skip
     if trace is not None:
         routing = read(trace)
@@ -170,6 +174,16 @@ def replay(
     _print(result.summary, format_run(result), as_json)
     if result.summary["status"] in ("OOM", "CACHE_DISABLED", "OVERLOADED"):
         raise typer.Exit(INFEASIBLE)
+
+
+def _priced(machine: str, prices: Path | None) -> Any:
+    """The machine at the user's price, or its name."""
+    if prices is None:
+        return machine
+    from moesim.machine import load_machine, priced
+    from moesim.prices import read_prices
+
+    return priced(load_machine(machine), read_prices(prices))
 
 
 def _drawn(model: str | None, workload: Path | None, requests: int, prompt: int, output: int, seed: int) -> Any:
@@ -247,10 +261,12 @@ def whatif(
     settings: SetOption = None,
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
+    prices: PricesOption = None,
     as_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
 ) -> None:
     """What would help most: each resource 10 % better, its next real upgrade, another policy; simulated anew."""
+    from moesim.prices import read_prices
     from moesim.question import compose
     from moesim.trace.io import read
     from moesim.whatif import format_whatif
@@ -260,7 +276,8 @@ def whatif(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
         max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
     )  # fmt: skip
-    result = ask(read(trace), compose(policy, settings or []), question, by / 100, metric)
+    own = read_prices(prices) if prices else None
+    result = ask(read(trace), compose(policy, settings or []), question, by / 100, metric, prices=own)
     _print(result, format_whatif(result), as_json, output)
     if result["base"]["value"] is None:
         raise typer.Exit(INFEASIBLE)

@@ -13,6 +13,7 @@ from typing import Any
 
 from moesim.efficiencies import read_table
 from moesim.errors import MachineError, nearest
+from moesim.prices import NO_PRICES, Prices, shipped_prices
 from moesim.units import GIB, format_size
 
 PROVENANCE = "specification-sheet"
@@ -33,6 +34,7 @@ class Gpu:
     fp4_tflops: float | None = None
     sm: str = ""
     tdp_w: float | None = None
+    idle_w: float | None = None  # drawn while nothing computes; no catalogue row has it
     nvlink_gbps: float | None = None  # one direction
 
 
@@ -74,20 +76,6 @@ class Nvme:
 
 
 @dataclass(frozen=True)
-class Prices:
-    """US dollars per hour and GPU; None where no source was found."""
-
-    usd_per_hour: float | None = None
-    usd_per_hour_low: float | None = None
-    source: str = ""
-
-    @property
-    def known(self) -> float | None:
-        """The usual price, else the lowest seen."""
-        return self.usd_per_hour or self.usd_per_hour_low
-
-
-@dataclass(frozen=True)
 class Machine:
     """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
 
@@ -106,7 +94,7 @@ class Machine:
     unified: bool = False
     provenance: str = PROVENANCE
     efficiencies: tuple[tuple[str, float], ...] = ()
-    prices: Prices = Prices()
+    prices: Prices = NO_PRICES
     assumed: str = ""
     source: str = ""
     profile: str = ""
@@ -116,6 +104,11 @@ class Machine:
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values."""
         return asdict(self)
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Of all its GPUs; None where no price is known."""
+        return None if self.prices.known is None else self.prices.known * self.gpus
 
     @property
     def summary(self) -> str:
@@ -237,10 +230,15 @@ def _from_row(row: dict[str, str], host: dict[str, str], links: dict[str, Link])
         pcie=Link(gpu.hbm_gbps) if unified else links[row["link"]],
         nvme=Nvme(float(host["nvme_gbps"])),
         unified=unified,
-        prices=Prices(_number(row["usd_per_hour"]), _number(row["usd_per_hour_low"]), row["price_source"]),
+        prices=shipped_prices().get(row["name"], NO_PRICES),
         assumed=row["assumed"],
         source=row["source"],
     )
+
+
+def priced(machine: Machine, prices: dict[str, Prices]) -> Machine:
+    """`machine` at the price of its name, else of its GPU's, else as it is."""
+    return replace(machine, prices=prices.get(machine.name) or prices.get(machine.gpu.name) or machine.prices)
 
 
 def _number(text: str) -> float | None:

@@ -459,6 +459,10 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
     if scene.question.goodput:
         tasks = [r.task for r in scene.workload.requests]
         numbers |= metrics.goodput_metrics(outcome.records, dict(scene.question.goodput), tasks)
+    machine = scene.machine
+    energy = metrics.busy_share_energy(machine, outcome.busy_ns["gpu"], numbers)
+    numbers |= metrics.cost_metrics(machine, numbers)
+    numbers["joules_per_output_token"] = energy.pop("joules_per_output_token")
     altered = scene.altered(system)
     status, reason = _status(scene, system, ledger, outcome, numbers)
     extrapolated, _ = _beyond(scene)
@@ -475,6 +479,12 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
         ),
         "published_quality": system.quality and asdict(system.quality),
         "bottleneck": _limits(outcome),
+        "price": {
+            "usd_per_hour": machine.usd_per_hour,
+            "date": machine.prices.date,
+            "source": machine.prices.source or "no price is known; --prices FILE gives one",
+        },
+        "energy": energy,
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
     if outcome.devices:

@@ -9,11 +9,12 @@ from typing import Any
 
 from moesim.efficiencies import RESOURCES, read_table
 from moesim.errors import PolicyError, WorkloadError, nearest
-from moesim.machine import Machine, catalogue, load_machine
+from moesim.machine import Machine, catalogue, load_machine, priced
 from moesim.output import progress
 from moesim.policies.eviction import Eviction
 from moesim.policies.own import is_own
 from moesim.prediction import Oracle
+from moesim.prices import Prices
 from moesim.published import band
 from moesim.question import Question, on_sample, predict
 from moesim.systems import System
@@ -41,14 +42,15 @@ class Change:
 
 def whatif(
     trace: Trace, system: System, question: Question, by: float = 0.1, metric: str = "output_throughput",
-    shown: bool = True,
+    shown: bool = True, prices: dict[str, Prices] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`base` and `changes`, those that gain most first, on the leading requests that anchors are measured on too.
 
     Every change is simulated anew with everything drawn alike, in the middle of the costs and with each resource's at
     both ends of its band, the same for base and change, so that what they share drops out. A gain is relative: 0.05 is
     5 % more tok/s, or 5 % more speed where the metric is a time. `significant`: from P10 to P90 it is a gain, or a
-    loss. Raises WorkloadError and PolicyError where the question makes no sense.
+    loss. prices: in place of those that come with moesim. Raises WorkloadError and PolicyError where the question
+    makes no sense.
     """
     if metric not in METRICS:
         raise WorkloadError(f"--metric '{metric}': unknown{nearest(metric, METRICS)}")
@@ -57,9 +59,10 @@ def whatif(
     if is_own(system.predictor):
         raise PolicyError(f"whatif runs a system many times, but {system.own_names} may remember; name a built-in one")
     machine = question.machine if isinstance(question.machine, Machine) else load_machine(question.machine)
+    machine = priced(machine, prices or {})
     asked = replace(question, machine=replace(machine, measured_on=machine) if machine.profile else machine)
     beliefs = predict(trace, system, question)
-    changes = [*_scaled(asked, system, by), *_upgrades(asked, system), *_policies(asked, system, beliefs)]
+    changes = [*_scaled(asked, system, by), *_upgrades(asked, system, prices or {}), *_policies(asked, system, beliefs)]
     runs = 1 + 2 * len(RESOURCES) + (2 if machine.profile else 0)
     with progress("what-ifs", runs * (1 + len(changes)), shown) as advance:
         base = _values(trace, Change("base", "", "", asked, system), metric, beliefs, advance)
@@ -76,7 +79,7 @@ def whatif(
         "metric": metric,
         "system": system.name,
         "machine": machine.to_dict(),
-        "usd_per_hour": _price(machine),
+        "usd_per_hour": machine.usd_per_hour,
         "base": base,
         "changes": rows,
         "notes": _notes(trace, machine, question, system),
@@ -107,7 +110,7 @@ def _row(change: Change, base: dict[str, Any], values: dict[str, Any], metric: s
         low, high = _gain_band(gain, ends)
         row |= {"gain": gain, "gain_p10_p90": [low, high]}
         row["significant"] = low > NOTHING or high < -NOTHING
-    row["usd_per_hour"] = _price(change.question.machine) if change.kind == "upgrade" else None
+    row["usd_per_hour"] = _machine(change.question).usd_per_hour if change.kind == "upgrade" else None
     return row
 
 
@@ -119,10 +122,6 @@ def _gain_band(gain: float, ends: list[float]) -> tuple[float, float]:
         return low, high
     down, up = (math.sqrt(sum((end - gain) ** 2 for end in ends if (end - gain) * side > 0)) for side in (-1, 1))
     return gain - down, gain + up
-
-
-def _price(machine: Any) -> float | None:
-    return machine.prices.known
 
 
 # -- what may be changed ------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def _more_memory(question: Question, system: System, more: float, text: str) -> 
     return Change("GPU memory", text, "scaled", asked, system)
 
 
-def _upgrades(question: Question, system: System) -> Iterator[Change]:
+def _upgrades(question: Question, system: System, prices: dict[str, Prices]) -> Iterator[Change]:
     """The next link, a second drive, twice the host memory, the next host and the next GPU of the catalogue."""
     m = _machine(question)
 
@@ -192,7 +191,7 @@ def _upgrades(question: Question, system: System) -> Iterator[Change]:
         what = f"twice: {size / GIB:.0f} GiB"
         yield changed("host memory", what, replace(m, host=replace(m.host, memory_bytes=size)), "nvme")
         yield from _next_host(question, system)
-    yield from _next_gpu(question, system)
+    yield from _next_gpu(question, system, prices)
 
 
 def _next_host(question: Question, system: System) -> Iterator[Change]:
@@ -206,7 +205,7 @@ def _next_host(question: Question, system: System) -> Iterator[Change]:
         yield Change("host", what, "upgrade", replace(question, machine=replace(m, host=host)), system)
 
 
-def _next_gpu(question: Question, system: System) -> Iterator[Change]:
+def _next_gpu(question: Question, system: System, prices: dict[str, Prices]) -> Iterator[Change]:
     """The GPU of the catalogue that is better in memory or its bandwidth and worse in nothing, by the least step.
 
     It keeps this machine's host and link.
@@ -225,7 +224,7 @@ def _next_gpu(question: Question, system: System) -> Iterator[Change]:
     ]  # fmt: skip
     if better:
         other = min(better, key=lambda x: math.prod(a / b for a, b in zip(worth(x), own, strict=True)))
-        machine = replace(m, gpu=other.gpu, prices=other.prices)
+        machine = replace(m, gpu=other.gpu, prices=priced(other, prices).prices)
         what = f"{other.name}: {other.gpu.memory_bytes / GIB:.0f} GiB at {other.gpu.hbm_gbps:g} GB/s"
         yield Change("GPU", what, "upgrade", replace(question, machine=machine), system)
 

@@ -35,6 +35,9 @@ def plan(
         float | None,
         typer.Option("--budget", help="At most so many $ per hour; without --machine, all that are rented for less."),
     ] = None,
+    prices: Annotated[
+        Path | None, typer.Option("--prices", help="CSV of prices in place of moesim's (docs/prices.md).")
+    ] = None,
     workload: Annotated[
         Path | None, typer.Option("--workload", help="Requests with arrivals and lengths (docs/bring-a-workload.md).")
     ] = None,
@@ -67,7 +70,7 @@ def plan(
     for policy in [*chosen, *anew]:
         load_system(policy)
     space = search.Space(
-        _machines(machine, budget), _numbers("--bits", bits, float), chosen,
+        _machines(machine, budget, prices), _numbers("--bits", bits, float), chosen,
         _numbers("--max-concurrency", concurrency, int),
     )  # fmt: skip
     asked = search.Asked(
@@ -82,18 +85,20 @@ def plan(
         raise typer.Exit(UNMET)
 
 
-def _machines(names: str | None, budget: float | None) -> list[Any]:
+def _machines(names: str | None, budget: float | None, file: Path | None) -> list[Any]:
     """Those named; without a name those of the catalogue with one GPU that are rented for at most `budget` per hour."""
-    from moesim.machine import catalogue, load_machine
+    from moesim.machine import catalogue, load_machine, priced
+    from moesim.prices import read_prices
 
+    own = read_prices(file) if file else {}
     if names is None and budget is not None:
-        prices = {name: known.prices.known for name, known in catalogue().items()}
+        prices = {name: priced(known, own).prices.known for name, known in catalogue().items()}
         within = [name for name, price in prices.items() if price is not None and price <= budget]
         if not within:
             cheapest = min((price, name) for name, price in prices.items() if price is not None)
             raise WorkloadError(f"--budget {budget:g}: no machine costs less than $ {cheapest[0]:g} ({cheapest[1]})")
-        return [load_machine(name) for name in within]
-    return [load_machine(name.strip()) for name in (names or "rtx-4090").split(",")]
+        return [priced(load_machine(name), own) for name in within]
+    return [priced(load_machine(name.strip()), own) for name in (names or "rtx-4090").split(",")]
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:

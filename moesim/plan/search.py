@@ -250,12 +250,6 @@ def _workload(asking: _Asking) -> Row:
     return {"prompt": asked.prompt, "output": asked.output} | drawn
 
 
-def _price(machine: Machine) -> float | None:
-    """$ per hour of all its GPUs."""
-    known = machine.prices.known
-    return None if known is None else known * machine.gpus
-
-
 def _different(asking: _Asking, choices: Sequence[Choice]) -> list[Choice]:
     """Once each: more bits than the model is published with are those, and engines have the flags that fit."""
     return list(dict.fromkeys(_settled(asking, choice) for choice in choices))
@@ -301,7 +295,7 @@ NOTHING, ANYTHING = Bound(0.0, math.inf), Bound(math.inf, 0.0)
 
 
 def _too_dear(choice: Choice, asked: Asked) -> str | None:
-    price, most = _price(choice.machine), asked.usd_per_hour
+    price, most = choice.machine.usd_per_hour, asked.usd_per_hour
     if price is None and (most is not None or asked.objective == "cost"):
         return "no price is known"
     if price is not None and most is not None and price > most:
@@ -357,7 +351,8 @@ def _cannot_win(bound: Bound, choice: Choice, found: Sequence[Row]) -> str | Non
         throughput, tpot = row["output_throughput"], row["mean_tpot_ms"] or 0.0
         as_good = throughput >= bound.throughput and tpot <= bound.tpot_ms
         better = throughput > bound.throughput or tpot < bound.tpot_ms
-        if row["keeps_slos"] and as_good and better and _no_dearer(row, choice.machine.name, _price(choice.machine)):
+        no_dearer = _no_dearer(row, choice.machine.name, choice.machine.usd_per_hour)
+        if row["keeps_slos"] and as_good and better and no_dearer:
             return (
                 f"cannot win: {bound.throughput:.4g} tok/s and {bound.tpot_ms:.3g} ms a token at its physical ceiling, "
                 f"and {row['policy']} on {row['machine']} at {row['bits']:g} bits is better and costs no more"
@@ -392,14 +387,13 @@ def _simulated(asking: _Asking, choice: Choice) -> tuple[Row | None, str | None]
     m = summary["metrics"]
     if not m or summary["status"] == "OOM":
         return None, f"{summary['status']}: {summary['status_reason']}"
-    price = _price(choice.machine)
     return _named(choice) | {
         "status": summary["status"],
         "output_throughput": m["output_throughput"],
         "mean_ttft_ms": m["mean_ttft_ms"],
         "mean_tpot_ms": m["mean_tpot_ms"],
-        "usd_per_hour": price,
-        "usd_per_million_output_tokens": price and price / m["output_throughput"] / 3600 * 1e6,
+        "usd_per_hour": choice.machine.usd_per_hour,
+        "usd_per_million_output_tokens": m["usd_per_million_output_tokens"],
         "limited_by": summary["bottleneck"]["explanation"],
         "costs": summary["inputs"]["costs"],
         "keeps_slos": m.get("slo_attainment", 1.0) >= ATTAINED,
