@@ -360,7 +360,7 @@ def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     field, value = sig.args[0], sig.args[2]
     index: Any = sig.args[1]
-    kinds = index.types if isinstance(index, types.BaseTuple) else (index,)
+    kinds = list(index) if isinstance(sig.args[1], types.BaseTuple) else [index]
     if len(kinds) != field.ndim or not all(isinstance(kind, types.Integer) for kind in kinds):
         return setitem_array(context, builder, sig, args)
     indices = cgutils.unpack_tuple(builder, args[1], len(kinds)) if isinstance(index, types.BaseTuple) else [args[1]]
