@@ -58,6 +58,30 @@ def throughput_metrics(records: Records) -> dict[str, Any]:
     }
 
 
+def queue_depth(requests: Mapping[str, NDArray[np.int64]], at: NDArray[np.int64]) -> tuple[Any, Any]:
+    """Requests sent and not yet admitted, and admitted and not yet finished, at each of the times `at` (ns).
+
+    requests: columns `sent`, `admitted` and `finished`.
+    """
+    sent, admitted, finished = (np.searchsorted(np.sort(requests[name]), at, side="right") for name in QUEUE)
+    return sent - admitted, admitted - finished
+
+
+QUEUE = ("sent", "admitted", "finished")
+
+
+def queue_metrics(records: Records) -> dict[str, Any]:
+    """Requests waiting and running by vLLM's names: the mean over the time from the first arrival to the last token,
+    and the most at any time."""
+    times = {name: records.requests.column(name) for name in QUEUE}
+    duration = max(int(times["finished"].max()) - int(records.requests.column("arrival").min()), 1)
+    found: dict[str, Any] = {}
+    for i, (what, begins, ends) in enumerate((("waiting", "sent", "admitted"), ("running", "admitted", "finished"))):
+        found[f"mean_num_requests_{what}"] = float((times[ends] - times[begins]).sum() / duration)
+        found[f"max_num_requests_{what}"] = int(queue_depth(times, times[begins])[i].max())  # it grows only there
+    return found
+
+
 GOODPUT = ("ttft", "tpot", "e2el")
 
 

@@ -51,6 +51,12 @@ def _speed_lines(s: dict[str, Any]) -> list[str]:
         if m[f"mean_{name}_ms"] is not None:
             values = (m[f"mean_{name}_ms"], *(m[f"p{p}_{name}_ms"] for p in (50, 90, 99)))
             lines.append(f"  {name.upper():8}" + "".join(f"{value:10.4g}" for value in values))
+    if m.get("max_num_requests_waiting"):
+        lines.append(
+            f"queue         {m['mean_num_requests_waiting']:.4g} requests waiting on average, at most "
+            f"{m['max_num_requests_waiting']}; {m['mean_num_requests_running']:.4g} running, at most "
+            f"{m['max_num_requests_running']}"
+        )
     if "slo_attainment" in m:
         kept = ", ".join(f"{name} {share:.1%}" for name, share in m["slo_attainment_by_slo"].items())
         lines.append(

@@ -291,6 +291,15 @@ def steps_over_time(at: Floats, low: Floats, middle: Floats, high: Floats) -> Fi
     return figure
 
 
+def queue_over_time(at: Floats, waiting: Floats, running: Floats) -> Figure:
+    """Requests waiting to be admitted, and in service, over the time steps start, s: the most of each stretch."""
+    figure = _figure("Requests over time", "simulated time (s)", "requests")
+    for name, values, colour in (("waiting", waiting, ORANGE), ("running", running, BLUE)):
+        figure.add_scatter(x=at, y=values, name=name, mode="lines", line={"color": colour, "width": 2, "shape": "hv"})
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
 def shares_of_layers(shares: Mapping[str, Floats]) -> Figure:
     """What became of each layer's lookups, % [layers] by kind."""
     figure = _figure("Lookups by MoE layer", "MoE layer, in order", "lookups (%)")

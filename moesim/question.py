@@ -95,11 +95,24 @@ class Run:
     request_ids: tuple[str, ...]
 
     def to_pandas(self, table: str = "requests") -> Any:
-        """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns."""
-        return getattr(self.records, table).to_arrow().to_pandas()
+        """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns.
+
+        `steps` has the requests waiting and running when each began.
+        """
+        return self._table(table).to_pandas()
+
+    def _table(self, name: str) -> Any:
+        """An Arrow table."""
+        table = getattr(self.records, name).to_arrow()
+        if name == "steps" and len(self.records.requests):
+            times = self._columns("requests", metrics.QUEUE)
+            depths = metrics.queue_depth(times, self.records.steps.column("start"))
+            for column, depth in zip(("waiting", "running"), depths, strict=True):
+                table = table.append_column(column, [depth])
+        return table
 
     def plot(self, what: str = "latency") -> Figure:
-        """A plotly figure: `critical path`, `anchors`, `memory`, `latency`, `steps`, and with detail `layers`."""
+        """A plotly figure: `critical path`, `anchors`, `memory`, `latency`, `steps`, `queue`; with detail `layers`."""
         from moesim.run_figures import figures_of
 
         found = dict(figures_of(self.summary, self._columns))
@@ -121,7 +134,7 @@ class Run:
                 (directory / f"{name}.parquet").unlink(missing_ok=True)
                 continue
             with atomic(directory / f"{name}.parquet") as temporary:
-                pq.write_table(getattr(self.records, name).to_arrow(), temporary, compression="zstd")
+                pq.write_table(self._table(name), temporary, compression="zstd")
 
 
 class Scene:
@@ -461,7 +474,7 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
         numbers |= metrics.goodput_metrics(outcome.records, dict(scene.question.goodput), tasks)
     machine = scene.machine
     energy = metrics.busy_share_energy(machine, outcome.busy_ns["gpu"], numbers)
-    numbers |= metrics.cost_metrics(machine, numbers)
+    numbers |= metrics.queue_metrics(outcome.records) | metrics.cost_metrics(machine, numbers)
     numbers["joules_per_output_token"] = energy.pop("joules_per_output_token")
     altered = scene.altered(system)
     status, reason = _status(scene, system, ledger, outcome, numbers)

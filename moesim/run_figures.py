@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesim.metrics import CAUSES
-from moesim.plots import latency_distribution, shares_of_layers, stacked_memory, steps_over_time, value_bars
+from moesim.metrics import CAUSES, QUEUE, queue_depth
+from moesim.plots import (
+    latency_distribution,
+    queue_over_time,
+    shares_of_layers,
+    stacked_memory,
+    steps_over_time,
+    value_bars,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -20,7 +27,7 @@ Columns = Callable[[str, tuple[str, ...]], dict[str, Any]]
 
 
 def figures_of(s: dict[str, Any], columns: Columns) -> Iterator[tuple[str, Figure]]:
-    """`critical path`, `anchors`, `memory`, `latency`, `steps` and `layers`, as far as the run has them."""
+    """`critical path`, `anchors`, `memory`, `latency`, `steps`, `queue` and `layers`, as far as the run has them."""
     if s["metrics"]:
         path = {CAUSES[cause]: 100 * share for cause, share in s["bottleneck"]["critical_path"].items()}
         yield "critical path", value_bars("Where the critical path goes", "share of the time serving (%)", path)
@@ -55,6 +62,11 @@ def _from_tables(columns: Columns) -> Iterator[tuple[str, Figure]]:
     steps = columns("steps", ("start", "end"))
     if steps:
         yield "steps", steps_over_time(*_thinned(steps["start"] / 1e9, (steps["end"] - steps["start"]) / 1e6))
+    times = columns("requests", QUEUE)
+    if steps and times:
+        waiting, running = queue_depth(times, steps["start"])
+        at, _, _, most = _thinned(steps["start"] / 1e9, waiting)
+        yield "queue", queue_over_time(at, most, _thinned(steps["start"], running)[3])
     layers = columns("layers", ("layer", *LOOKUPS))
     if layers:
         number = layers.pop("layer")
