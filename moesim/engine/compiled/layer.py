@@ -34,6 +34,7 @@ from moesim.engine.compiled.state import (
     LAST_STEP,
     LAST_USE,
     LATES,
+    LISTED,
     LOOKUPS,
     MISSES,
     NEEDS,
@@ -73,6 +74,7 @@ from moesim.engine.compiled.transfers import (
     submit,
     used,
 )  # fmt: skip
+from moesim.engine.compiled.victims import static, unlist
 from moesim.engine.residency import LOWERED, NEVER, REROUTED, SKIPPED
 from moesim.policies import HIGH, LOW, SKIP
 
@@ -182,6 +184,8 @@ def _ask(s, kind, active, tokens):
 @inner
 def touch(s, key, tick, next_use, tokens, high):
     e = s.entry[key]
+    if s.choice[LISTED]:
+        unlist(s, key)
     e[BUSY], e[TOKENS] = 1, tokens
     e[LAST_USE], e[NEXT_USE], e[LAST_STEP] = tick, next_use, s.g[SEQUENCE_STEPS]
     e[USES] += 1
@@ -366,7 +370,7 @@ def _on_host(s, copy):
     if rule == ON_HOST:
         return True
     tokens = c[C_TOKENS]
-    fetch_ns = s.choice[PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
+    fetch_ns = s.choice[PARTS] * s.part_ns[static(s, c[C_KEY], S_SIZE), 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
     return find_cost(s, COST_HOST, 0, tokens) <= fetch_ns
 
 
