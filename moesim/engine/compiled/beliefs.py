@@ -39,7 +39,6 @@ from moesim.engine.compiled.state import (
     POSITION,
     ROW_AT,
     ROW_END,
-    S_BYTES,
     S_EXPERT,
     S_LAYER,
     STAMP,
@@ -53,7 +52,7 @@ from moesim.engine.compiled.state import (
     WAVES,
 )  # fmt: skip
 from moesim.engine.compiled.transfers import new_copy, schedule, submit
-from moesim.engine.compiled.victims import CAPACITY, MEMBERS
+from moesim.engine.compiled.victims import CAPACITY, MEMBERS, bytes_of, static
 
 FOREVER = 1 << 60
 
@@ -222,7 +221,7 @@ def make_plan(s, values):
     for p in range(1 if s.choice[GLOBAL] else layers):
         for i in range(s.pool[p, MEMBERS]):
             key = s.member[p, i]
-            s.plan[key] = values[s.static[key, S_LAYER], s.static[key, S_EXPERT]]
+            s.plan[key] = values[static(s, key, S_LAYER), static(s, key, S_EXPERT)]
         victims.rebuild(s, p)
         if s.choice[GLOBAL]:
             _bring_planned(s, p, 0, layers, values)
@@ -240,7 +239,7 @@ def _bring_planned(s, p, first, stop, values):
     for layer in range(first, stop):
         for expert in range(experts):
             key = layer * 2 * experts + expert
-            largest = max(largest, s.static[key, S_BYTES])
+            largest = max(largest, bytes_of(s, key))
             if values[layer, expert] > 0:
                 layer_of[n], expert_of[n], worth[n] = layer, expert, -values[layer, expert]
                 absent[n] = s.held[key] == 0

@@ -41,6 +41,7 @@ from moesim.engine.compiled.state import (
     LAST_USE,
     LATE_HOST,
     LATES,
+    LISTED,
     LOOKUPS,
     MISSES,
     NEEDS,
@@ -82,6 +83,7 @@ from moesim.engine.compiled.transfers import (
     submit,
     used,
 )  # fmt: skip
+from moesim.engine.compiled.victims import static, unlist
 from moesim.engine.residency import LOWERED, NEVER, REROUTED, SKIPPED
 from moesim.policies import HIGH, LOW, SKIP
 
@@ -191,6 +193,8 @@ def _ask(s, kind, active, tokens):
 @inner
 def touch(s, key, tick, next_use, tokens, high):
     e = s.entry[key]
+    if s.choice[LISTED]:
+        unlist(s, key)
     e[BUSY], e[TOKENS] = 1, tokens
     e[LAST_USE], e[NEXT_USE], e[LAST_STEP] = tick, next_use, s.g[SEQUENCE_STEPS]
     e[USES] += 1
@@ -266,7 +270,7 @@ def _hosts_late(s, copy, tokens):
     c, link = s.copy[copy], last_link(s)
     if s.choice[RULE] == FETCH or s.choice[UNIFIED] or c[C_LINK] != link:
         return False
-    left = c[C_PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1]
+    left = c[C_PARTS] * s.part_ns[static(s, c[C_KEY], S_SIZE), 0, 1]
     if c[C_FLYING]:
         left -= s.g[NOW] - s.link[link, L_STARTED]
     return find_cost(s, COST_HOST, 0, tokens) <= left + find_cost(s, COST_HIGH, 1, tokens)
@@ -394,7 +398,7 @@ def _on_host(s, copy):
     tokens = c[C_TOKENS]
     if s.choice[HOST_BELOW]:
         return tokens < s.choice[HOST_BELOW]
-    fetch_ns = s.choice[PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
+    fetch_ns = s.choice[PARTS] * s.part_ns[static(s, c[C_KEY], S_SIZE), 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
     return find_cost(s, COST_HOST, 0, tokens) <= fetch_ns
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moesim.engine.compiled import state as st
 from moesim.engine.compiled.state import State
-from moesim.engine.compiled.victims import CAPACITY, HEAD, TAIL
+from moesim.engine.compiled.victims import CAPACITY, FINGER, HEAD, OUT, TAIL
 from moesim.engine.events import Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.residency import D2H, H2D, HOST, NVME, Slots
@@ -102,14 +102,14 @@ def lower_state(
         values[:] = st.NONE
         return values
 
-    static, part_ns = _bytes_and_times(table, system, layers, experts, by_layer, tier is not None)
+    static, size, part_ns = _bytes_and_times(table, system, layers, experts, by_layer, tier is not None)
     g = ints(128)
     g[[st.POSITION, st.TIER_HEAD, st.TIER_TAIL]] = st.NONE
     g[st.SCRATCH] = slots.scratch
     copy = ints(copies, 32)
     copy[:, st.C_CHAIN] = [*range(1, copies), st.NONE]
     pool = ints(len(sizes), 8)
-    pool[:, CAPACITY], pool[:, HEAD], pool[:, TAIL] = sizes, st.NONE, st.NONE
+    pool[:, CAPACITY], pool[:, [HEAD, TAIL, FINGER]] = sizes, st.NONE
     choice = _choices(trace, table, system, slots, detail, tier, seed, len(knowledge.beliefs))
     uses, capacity, fluid = _sharing(table, system, tier is not None)
     choice[st.FLUID] = fluid
@@ -127,13 +127,14 @@ def lower_state(
         copy_plan=np.zeros(copies),
         coming=np.full(keys, st.NONE, dtype=np.int32),
         static=static,
+        size=size,
         part_ns=part_ns,
         landed=ints(layers),
         here=ints(layers),
         pool=pool,
         member=ints(len(sizes), slots_in_pool),
         heap=ints(len(sizes), 1 if system.eviction.changing or choice[st.LISTED] else 2 * slots_in_pool),
-        offered=none(keys, 8),
+        offered=none(keys, 3),
         offered_score=np.zeros(keys),
         popularity=_plain(knowledge.popularity, np.float64),
         totals=ints(layers, experts),
@@ -188,7 +189,7 @@ def lower_state(
         **_routing(trace, system, knowledge),
     )
     s.link[:, st.L_FLIGHT] = st.NONE
-    s.entry[:, st.READ_END] = -1
+    s.entry[:, st.READ_END], s.entry[:, st.BEFORE] = -1, OUT
     if tier is not None:
         _fill_tier(s, tier, experts)
     return s
@@ -203,11 +204,11 @@ def pool_sizes(system: System, slots: Slots) -> list[int]:
 
 def _bytes_and_times(
     table: CostTable, system: System, layers: int, experts: int, by_layer: bool, reads: bool
-) -> tuple[st.I64, st.I64]:
-    """Per key: `static`; per size and part of a copy: (bytes, ns over the link, ns from the drive, ns back)."""
+) -> tuple[NDArray[np.int32], st.I64, st.I64]:
+    """Per key: `static`; per size: bytes; per size and part: (bytes, ns over the link, ns from the drive, ns back)."""
     parts = table.matrices if system.transfer.unit == "matrix" else 1
     low_bits = system.misses.low_bits
-    static = np.zeros((layers * 2 * experts, 8), dtype=np.int64)
+    static = np.zeros((layers * 2 * experts, 8), dtype=np.int32)
     rows: dict[int, int] = {}  # of part_ns, by size
     reads = reads or table.unified
     for layer in range(layers):
@@ -217,9 +218,9 @@ def _bytes_and_times(
         for expert, size in enumerate(sizes):
             low = expert >= experts
             pool = low * (layers if by_layer else 1) + (layer if by_layer else 0)
-            static[base + expert, :6] = size, pool, layer, expert, expert % experts, rows.setdefault(size, len(rows))
+            static[base + expert, :5] = pool, layer, expert, expert % experts, rows.setdefault(size, len(rows))
     times = [_part_times(table, size, parts, reads, system.transfer.write_back) for size in rows]
-    return static, np.stack(times)
+    return static, np.array(list(rows), dtype=np.int64), np.stack(times)
 
 
 def _part_times(table: CostTable, size: int, parts: int, reads: bool, back: bool) -> NDArray[np.int64]:

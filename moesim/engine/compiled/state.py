@@ -24,11 +24,13 @@ from moesim.records import KERNEL, LAYER, TRANSFER
 I64: TypeAlias = NDArray[np.int64]
 F64: TypeAlias = NDArray[np.float64]
 
-# Columns of `entry`, a row per key: an expert that holds a slot. What a search for a victim reads comes first.
+# Columns of `entry`, a row per key: an expert that holds a slot. BEFORE and AFTER: see moesim.engine.compiled.victims.
+# Eight of them lie side by side in a core's cache: those of every lookup come first.
 (
-    BUSY, BROUGHT, GUARD, LAST_USE, NEXT_USE, PINNED, PREFETCHED, KEPT,
-    BYTES, HIGH_USES, LAST_STEP, READ_END, TOKENS, USES, MEMBER,
-) = range(15)  # fmt: skip
+    BUSY, GUARD, LAST_USE, NEXT_USE, TOKENS, PREFETCHED, BEFORE, AFTER,
+    BROUGHT, BYTES, HIGH_USES, KEPT, LAST_STEP, READ_END, USES, MEMBER,
+) = range(16)  # fmt: skip
+PINNED = 2  # value of KEPT
 ABSENT, RESERVED, LANDED = range(3)  # values of `held`
 
 # Columns of `copy`: an expert on its way. USED counts up at each use of the row.
@@ -95,9 +97,8 @@ FEATURES = (
 W_FIRST, W_WIDTH, W_DISTANCE, W_WRAPS, W_MAP = range(5)
 C_TARGET, C_OFFSET, C_LENGTH, C_POSITION = range(4)  # columns of `call`: a belief about one layer, for a prefetch
 
-S_BYTES, S_POOL, S_LAYER, S_EXPERT, S_REAL, S_SIZE = range(
-    6
-)  # columns of `static`; S_REAL: the expert at full precision; S_SIZE: its row of `part_ns`
+S_POOL, S_LAYER, S_EXPERT, S_REAL, S_SIZE = range(5)
+# columns of `static`; S_REAL: the expert at full precision; S_SIZE: its place in `size` and `part_ns`
 
 COST_HIGH, COST_LOW, COST_HOST = range(3)  # first part of a key of the table of costs
 
@@ -117,14 +118,15 @@ FIELDS = (
     ("copy", "i", 2),  # [C, 32]
     ("copy_plan", "f", 1),  # [C]
     ("coming", "w", 1),  # [K] copy, or NONE
-    ("static", "i", 2),  # [K, 8]: see S_BYTES
+    ("static", "w", 2),  # [K, 8]: see S_POOL
+    ("size", "i", 1),  # [sizes] bytes of an expert
     ("part_ns", "i", 3),  # [sizes, 3 parts, 4]: bytes; ns of H2D, of NVMe; [.., 0, 3]: D2H of the whole expert
     ("landed", "i", 1),  # [layers] experts that have landed
     ("here", "i", 1),  # [layers] experts that hold a slot
     ("pool", "i", 2),  # [P, 8]: see moesim.engine.compiled.victims
     ("member", "i", 2),  # [P, slots] keys that hold a slot of the pool
     ("heap", "i", 2),  # [P, twice the slots]: keys of evictable experts and of some that no longer are
-    ("offered", "i", 2),  # [K, 8]: see moesim.engine.compiled.victims
+    ("offered", "i", 2),  # [K, 3]: see moesim.engine.compiled.victims
     ("offered_score", "f", 1),  # [K]
     ("popularity", "f", 2),  # [layers, experts]
     ("totals", "i", 2),  # [layers, experts]
@@ -192,7 +194,7 @@ DTYPES: dict[str, Any] = {"i": np.int64, "f": np.float64, "h": np.int16, "w": np
 
 # Numbers in a row where a constant helps.
 WIDTHS = {
-    "entry": 16, "copy": 32, "static": 8, "pool": 8, "offered": 8, "link": 9, "queue": 2, "ring": 3, "flow": 3,
+    "entry": 16, "copy": 32, "static": 8, "pool": 8, "offered": 3, "link": 9, "queue": 2, "ring": 3, "flow": 3,
     "flow_at": 3, "event": 5, "tier": 3, "planned": 2, "wanted": 2, "need": 3, "call": 4, "ranked": 3, "wave": 5,
     "layer_row": len(LAYER), "transfer_row": len(TRANSFER), "kernel_row": len(KERNEL),
 }  # fmt: skip
@@ -220,7 +222,7 @@ class State:
         assert array.dtype == DTYPES[kind]
         assert array.shape[-1] == WIDTHS.get(name, array.shape[-1])
         setattr(self, name, array)
-        self._table[at, 0] = array.ctypes.data
+        self._table[at, 0] = array.__array_interface__["data"][0]
         self._table[at, 1 : 1 + ndim] = array.shape
 
     if TYPE_CHECKING:
@@ -350,7 +352,8 @@ def _get_by_number(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 @lower_builtin(operator.getitem, Field, types.BaseTuple)
 def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    kinds = list(sig.args[1])
+    index: Any = sig.args[1]
+    kinds = list(index.types)
     if not all(isinstance(kind, types.Integer) for kind in kinds):
         return getitem_array_tuple(context, builder, sig, args)
     return _get(context, builder, sig, args[0], kinds, cgutils.unpack_tuple(builder, args[1], len(kinds)))
@@ -360,7 +363,7 @@ def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     field, value = sig.args[0], sig.args[2]
     index: Any = sig.args[1]
-    kinds = list(index) if isinstance(sig.args[1], types.BaseTuple) else [index]
+    kinds = list(getattr(index, "types", [index]))
     if len(kinds) != field.ndim or not all(isinstance(kind, types.Integer) for kind in kinds):
         return setitem_array(context, builder, sig, args)
     indices = cgutils.unpack_tuple(builder, args[1], len(kinds)) if isinstance(index, types.BaseTuple) else [args[1]]

@@ -7,6 +7,8 @@ import numpy as np
 from moesim.engine.compiled.jit import inner
 from moesim.engine.compiled.state import (
     ABSENT,
+    AFTER,
+    BEFORE,
     BROUGHT,
     BROUGHT_IN,
     BUSY,
@@ -30,6 +32,7 @@ from moesim.engine.compiled.state import (
     GUARD,
     HIGH_USES,
     HORIZON,
+    KEPT,
     LANDED,
     LAST_STEP,
     LAST_USE,
@@ -45,6 +48,7 @@ from moesim.engine.compiled.state import (
     S_LAYER,
     S_POOL,
     S_REAL,
+    S_SIZE,
     SEED,
     SEQUENCE_STEPS,
     TERMS,
@@ -52,11 +56,21 @@ from moesim.engine.compiled.state import (
 )  # fmt: skip
 
 NO_GUARD = 1 << 62
-# Columns of `pool`: bytes, bytes used, its experts; items of its heap, or first and last of its list.
-CAPACITY, USED, MEMBERS, ITEMS, HEAD, TAIL = range(6)
-# Columns of `offered`: place in the heap or NONE, and what was true then; or neighbours in the list, where O_PLACE says
-# that it is in there.
-O_PLACE, O_LAST_USE, O_BROUGHT, O_BEFORE, O_AFTER = range(5)
+# Columns of `pool`: bytes, bytes used, its experts; items of its heap, or its list: first, last, and who
+# came last.
+CAPACITY, USED, MEMBERS, ITEMS, HEAD, TAIL, FINGER = range(7)
+O_PLACE, O_LAST_USE, O_BROUGHT = range(3)  # columns of `offered`: place in the heap or NONE, and what was true then
+OUT = -2  # value of BEFORE: in no list
+
+
+@inner
+def static(s, key, what):
+    return np.int64(s.static[key, what])
+
+
+@inner
+def bytes_of(s, key):
+    return s.size[s.static[key, S_SIZE]]
 
 
 @inner
@@ -73,7 +87,7 @@ def key_hash(seed, draw, key):
 @inner
 def feature(s, which, key):
     e, g = s.entry[key], s.g
-    layer, expert = s.static[key, S_LAYER], s.static[key, S_REAL]
+    layer, expert = static(s, key, S_LAYER), static(s, key, S_REAL)
     if which == F_LRU:
         return float(e[LAST_USE])
     if which == F_LFU:
@@ -92,7 +106,7 @@ def feature(s, which, key):
     if which == F_PLAN:
         return s.plan[key]
     if which == F_RANDOM:
-        return float(key_hash(s.choice[SEED], g[POSITION], layer * s.choice[EXPERTS] + s.static[key, S_EXPERT]))
+        return float(key_hash(s.choice[SEED], g[POSITION], layer * s.choice[EXPERTS] + static(s, key, S_EXPERT)))
     steps = float(max(g[SEQUENCE_STEPS], 1))
     if which == F_RECENCY:
         return e[LAST_STEP] / steps
@@ -195,60 +209,70 @@ def _offer(s, p, key):
     _sift_down(s, p, o[O_PLACE], key)
 
 
-# Where the score is the last use, evictable experts stand in a list in that order: a newcomer belongs near its end.
+# Where the score is the last use, those evictable stand in a list in that order, then by key. They come in by and large
+# in order, so the place of a newcomer is looked for from the end, or from where the one before went.
 
 
 @inner
-def _insert(s, p, key):
-    """Into the list by last use, then by key, or to its new place."""
-    e, o, pool = s.entry[key], s.offered[key], s.pool[p]
-    if o[O_PLACE] != NONE:
-        _unlink(s, p, key)
-    use = e[LAST_USE]
-    o[O_PLACE], o[O_LAST_USE], o[O_BROUGHT] = 0, use, e[BROUGHT]
+def _later(s, a, b):
+    """Whether the expert of key a leaves after that of key b."""
+    x, y = s.entry[a, LAST_USE], s.entry[b, LAST_USE]
+    return x > y or (x == y and a > b)
+
+
+@inner
+def _enlist(s, p, key):
+    pool = s.pool[p]
     before, after = pool[TAIL], NONE
-    while before != NONE and (
-        s.offered[before, O_LAST_USE] > use or (s.offered[before, O_LAST_USE] == use and before > key)
-    ):
-        before, after = s.offered[before, O_BEFORE], before
-    o[O_BEFORE], o[O_AFTER] = before, after
+    if before != NONE and _later(s, before, key):
+        if pool[FINGER] != NONE:
+            before = pool[FINGER]
+        while before != NONE and _later(s, before, key):
+            before = s.entry[before, BEFORE]
+        after = pool[HEAD] if before == NONE else s.entry[before, AFTER]
+        while after != NONE and not _later(s, after, key):
+            before, after = after, s.entry[after, AFTER]
+    e = s.entry[key]
+    e[BEFORE], e[AFTER] = before, after
     if before == NONE:
         pool[HEAD] = key
     else:
-        s.offered[before, O_AFTER] = key
+        s.entry[before, AFTER] = key
     if after == NONE:
         pool[TAIL] = key
     else:
-        s.offered[after, O_BEFORE] = key
+        s.entry[after, BEFORE] = key
+    pool[FINGER] = key
 
 
 @inner
-def _unlink(s, p, key):
-    o, pool = s.offered[key], s.pool[p]
-    before, after = o[O_BEFORE], o[O_AFTER]
+def unlist(s, key):
+    """Out of the list, if it is in there."""
+    e = s.entry[key]
+    before, after = e[BEFORE], e[AFTER]
+    if before == OUT:
+        return
+    pool = s.pool[s.static[key, S_POOL]]
     if before == NONE:
         pool[HEAD] = after
     else:
-        s.offered[before, O_AFTER] = after
+        s.entry[before, AFTER] = after
     if after == NONE:
         pool[TAIL] = before
     else:
-        s.offered[after, O_BEFORE] = before
-    o[O_PLACE] = NONE
+        s.entry[after, BEFORE] = before
+    if pool[FINGER] == key:
+        pool[FINGER] = before
+    e[BEFORE] = OUT
 
 
 @inner
 def _oldest(s, p, position):
-    """The first of the list that is evictable and not guarded; those that no longer are evictable leave it."""
+    """The first of the list that is not guarded."""
     key = s.pool[p, HEAD]
-    while key != NONE:
-        following = s.offered[key, O_AFTER]
-        if not _fresh(s, key):
-            _unlink(s, p, key)
-        elif s.entry[key, GUARD] <= position:
-            return key
-        key = following
-    return NONE
+    while key != NONE and s.entry[key, GUARD] > position:
+        key = s.entry[key, AFTER]
+    return key
 
 
 @inner
@@ -262,7 +286,7 @@ def rebuild(s, p):
     for i in range(s.pool[p, MEMBERS]):
         key = s.member[p, i]
         e = s.entry[key]
-        if s.held[key] == LANDED and not e[BUSY] and not e[PINNED]:
+        if s.held[key] == LANDED and not e[BUSY] and e[KEPT] != PINNED:
             _offer(s, p, key)
 
 
@@ -270,12 +294,12 @@ def rebuild(s, p):
 def offer(s, key):
     """The expert has become evictable."""
     e = s.entry[key]
-    if s.choice[CHANGING] or e[PINNED]:
+    if s.choice[CHANGING] or e[KEPT] == PINNED:
         return
     if s.choice[LISTED]:
-        _insert(s, s.static[key, S_POOL], key)
+        _enlist(s, static(s, key, S_POOL), key)
     else:
-        _offer(s, s.static[key, S_POOL], key)
+        _offer(s, static(s, key, S_POOL), key)
 
 
 @inner
@@ -316,7 +340,7 @@ def _lowest(s, p, position):
     for i in range(s.pool[p, MEMBERS]):
         key = s.member[p, i]
         e = s.entry[key]
-        if s.held[key] != LANDED or e[BUSY] or e[PINNED] or e[GUARD] > position:
+        if s.held[key] != LANDED or e[BUSY] or e[KEPT] == PINNED or e[GUARD] > position:
             continue
         value, use = score(s, key), e[LAST_USE]
         if best != NONE:
@@ -367,7 +391,7 @@ def take_order(s):
 @inner
 def forget(s, key):
     """The expert gives its place up."""
-    layer = s.static[key, S_LAYER]
+    layer = static(s, key, S_LAYER)
     if s.held[key] == LANDED:
         s.landed[layer] -= 1
     s.here[layer] -= 1
@@ -377,6 +401,8 @@ def forget(s, key):
 @inner
 def leave(s, key):
     """The expert is evicted from its pool."""
-    remove(s, s.static[key, S_POOL], key)
+    if s.choice[LISTED]:
+        unlist(s, key)
+    remove(s, static(s, key, S_POOL), key)
     forget(s, key)
     s.g[EVICTIONS] += 1
