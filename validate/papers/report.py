@@ -12,7 +12,7 @@ from validate.papers import hexa
 
 PICTURE, CROSSING = "papers.svg", "hexa.svg"
 SIDES = {  # of a main claim, where its name covers no other
-    "SiDA": "middle left", "HEXA-MoE": "middle left", "Samoyeds": "top right", "EEP": "middle left",
+    "SiDA": "middle left", "HEXA-MoE": "top left", "Samoyeds": "top right", "EEP": "bottom right",
     "SEER-MoE": "bottom right", "AdapMoE": "bottom left", "fMoE": "bottom left",
 }  # fmt: skip
 
