@@ -92,7 +92,8 @@ class Machine:
     """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
 
     assumed: what no source states; efficiencies: terms measured on this machine, which then have no band; profile: name
-    or directory of the profile its costs come from, "" for the specification sheet.
+    or directory of the profile its costs come from, "" for the specification sheet; measured_on: the machine as it was
+    when that was measured, where a part has been made faster since.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Machine:
     assumed: str = ""
     source: str = ""
     profile: str = ""
+    measured_on: Machine | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values."""

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def read_profile(spec: str | Path) -> Profile:
         raise CalibrationError(f"profile '{spec}': neither a directory nor shipped{nearest(str(spec), shipped())}")
     meta = read_meta(path / "meta.yaml")
     samples = [row for table in TABLES for row in _read_rows(path / f"{table}.parquet")]
-    curves = _read_fit(path / "fit.json")
+    fit = path / "fit.json"
+    curves = list(_read_fit(fit, fit.stat().st_mtime_ns)) if fit.exists() else []
     if not samples and not curves:
         raise CalibrationError(f"{path}: holds neither samples nor curves; measure or import it again")
     return Profile(str(meta["name"]), meta, samples, curves)
@@ -162,12 +164,11 @@ def _read_text(path: Path, limit: int) -> str:
         raise CalibrationError(f"{path}: not UTF-8 text") from error
 
 
-def _read_fit(path: Path) -> list[Curve]:
-    if not path.exists():
-        return []
+@lru_cache(maxsize=8)  # a plan asks for the same curves many times
+def _read_fit(path: Path, written_ns: int) -> tuple[Curve, ...]:
     try:
         data = json.loads(_read_text(path, MAX_FIT_BYTES))
-        return [Curve.from_dict(entry) for entry in data["curves"]]
+        return tuple(Curve.from_dict(entry) for entry in data["curves"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CalibrationError(f"{path}: not a fit of moesim ({error}); fit or import it again") from error
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesim import __version__, metrics
 from moesim.costs.fitted import Fitted, costs_of
@@ -17,7 +18,7 @@ from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
-from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError, nearest
+from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
 from moesim.memory import Ledger, plan_memory
@@ -31,6 +32,9 @@ from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
 from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
 from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 ENOUGH = 20  # requests below which a queue says nothing about load
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
@@ -93,6 +97,19 @@ class Run:
     def to_pandas(self, table: str = "requests") -> Any:
         """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns."""
         return getattr(self.records, table).to_arrow().to_pandas()
+
+    def plot(self, what: str = "latency") -> Figure:
+        """A plotly figure: `critical path`, `anchors`, `memory`, `latency`, `steps`, and with detail `layers`."""
+        from moesim.run_figures import figures_of
+
+        found = dict(figures_of(self.summary, self._columns))
+        if what not in found:
+            raise MoesimError(f"plot '{what}': this run has {', '.join(found)}{nearest(what, found)}")
+        return found[what]
+
+    def _columns(self, table: str, names: tuple[str, ...]) -> dict[str, Any]:
+        rows = getattr(self.records, table)
+        return {name: rows.column(name) for name in names} if len(rows) else {}
 
     def save(self, directory: Path) -> None:
         """summary.json and one Parquet file per table; no table, nor one of an older run, where nothing was served."""
@@ -170,14 +187,21 @@ class Scene:
         The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
         as many as do, since the engine admits requests by KV memory.
         """
-        q = self.question
-        together = min(self.concurrency, len(self.workload.requests))
-        sequences = min(-(-together // self._apart(system)), q.max_num_seqs)
+        sequences = self._together(system)
         ledger = self._ledger(system, sequences)
         while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
             sequences = -(-sequences // 2)
             ledger = self._ledger(system, sequences)
         return ledger
+
+    def wanted(self, system: System) -> Ledger:
+        """With the KV caches of all sequences that may be in service, whether they fit or not."""
+        return self._ledger(system, self._together(system))
+
+    def _together(self, system: System) -> int:
+        """Sequences that one GPU, or all that share their KV caches, may serve at once."""
+        together = min(self.concurrency, len(self.workload.requests))
+        return min(-(-together // self._apart(system)), self.question.max_num_seqs)
 
     def _step_tokens(self, sequences: int) -> int:
         """The most tokens one step can hold: every sequence decodes, and prompts or chunks fill the budget."""
@@ -328,14 +352,22 @@ def predict_band(
     if not _runs(system, ledger):
         return ledger.verdict, [], ledger.reason
     beliefs = system.predictor.predict(scene.trace, question.seed)
-    outcome = _simulate(scene, system, ledger, beliefs=beliefs)
-    limit = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)["explanation"]
-    found = [_numbers(outcome)]
+    middle, *ends = _banded(scene, system, ledger, beliefs)
+    limit = _limits(middle)["explanation"]
+    return ledger.verdict, [_numbers(outcome) for outcome in (middle, *ends)], limit
+
+
+def _banded(scene: Scene, system: System, ledger: Ledger, beliefs: tuple[Beliefs, ...]) -> Iterator[Outcome]:
+    """With every cost as expected, then each resource's costs at their slow and at their fast end."""
+    yield _simulate(scene, system, ledger, beliefs=beliefs)
     for varied in _varied(scene):
         for scale, one in zip(("low", "high"), varied, strict=True):
             at = scale if one is scene else "default"
-            found.append(_numbers(_simulate(one, system, ledger, scale=at, beliefs=beliefs)))
-    return ledger.verdict, found, limit
+            yield _simulate(one, system, ledger, scale=at, beliefs=beliefs)
+
+
+def _limits(outcome: Outcome) -> dict[str, Any]:
+    return metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
 
 
 def _varied(scene: Scene) -> list[tuple[Scene, Scene]]:
@@ -409,7 +441,7 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
             scene.given[1], scene.trace, scene.workload, outcome.counts, altered
         ),
         "published_quality": system.quality and asdict(system.quality),
-        "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
+        "bottleneck": _limits(outcome),
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
     if outcome.devices:
@@ -596,20 +628,20 @@ def _sample(scene: Scene) -> Scene:
 
 
 def on_sample(
-    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], scale: str = "default"
-) -> dict[str, Any]:
-    """Metrics, and `critical_path`, of the leading requests anchors are measured on; empty where memory is too small.
-
-    scale: `low` and `high` take every cost at the slow and at the fast end of its band.
-    """
+    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Metrics, and `critical_path`, of the leading requests anchors are measured on, as `predict_band` orders them;
+    empty where memory is too small. `advance` is called after each."""
     scene = _sample(Scene(trace, question).under(system))
     ledger = scene.ledger(system)
     if not _runs(system, ledger):
-        return {}
-    outcome = _simulate(scene, system, ledger, scale=scale, beliefs=beliefs)
-    limits = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
-    requests = len(scene.workload.requests)
-    return _numbers(outcome) | {"requests": requests, "critical_path": limits["critical_path"]}
+        return []
+    found = []
+    for outcome in _banded(scene, system, ledger, beliefs):
+        own = {"requests": len(scene.workload.requests), "critical_path": _limits(outcome)["critical_path"]}
+        found.append(_numbers(outcome) | own)
+        advance()
+    return found
 
 
 def anchor(scene: Scene, name: str) -> dict[str, Any]:
@@ -618,9 +650,12 @@ def anchor(scene: Scene, name: str) -> dict[str, Any]:
     system = load_system(name)
     try:
         ledger = scene.ledger(system)
-        if not system.all_resident and not _runs(system, ledger):
+        fits = ledger.verdict != "OOM"
+        if not fits and system.all_resident:
+            ledger = scene.wanted(system)  # as if the memory were there for the KV caches too
+        elif not _runs(system, ledger):
             return {"error": f"{ledger.verdict}: {ledger.reason}"}
-        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": ledger.verdict != "OOM"}
+        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": fits}
     except (MemoryBudgetError, PolicyError) as error:
         return {"error": str(error)}
 

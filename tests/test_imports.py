@@ -24,7 +24,7 @@ ROOMS = [
     ["systems"],
     ["packing", "records"],
     ["engine"],
-    ["metrics", "timeline", "plots", "profile_plots", "contracts"],
+    ["metrics", "timeline", "plots", "run_figures", "profile_plots", "contracts"],
     ["question"],
     ["compare", "page", "model_report", "whatif", "doctor", "run_report", "published", "published_report", "capacity"],
     ["plan"],

@@ -17,6 +17,8 @@ _METHODS = ((16.0, "BF16"), (4.5, "LLAMAFILE"), (4.2, "MXFP4"))  # kt-kernel's, 
 
 def as_it_fits(spec: str, system: System, scene: Scene) -> str:
     """`spec` with the number of layers or experts on the CPU that `scene` has to choose, so that a flag can say it."""
+    if system.name == "EPLB" and scene.machine.gpus == 1:
+        return "all-resident"
     if system.name == "llama.cpp":
         on_cpu = sum(not kept for kept in _kept(system, scene))
         return f"llama.cpp(n_cpu_moe={on_cpu})" if on_cpu else spec
@@ -46,10 +48,21 @@ def flags(system: System, scene: Scene, bits: float, published: bool) -> dict[st
         limits = f"--max-running-requests {together} --context-length {context}"
         return {"KTransformers": _ktransformers(system, machine, scene.model.name, bits) + limits + UNTESTED}
     if system.all_resident and published:
-        several = f" --tensor-parallel-size {machine.gpus}" if machine.gpus > 1 else ""
+        several = _vllm_parallel(system, scene) if machine.gpus > 1 else ""
         limits = f" --max-num-seqs {together} --max-model-len {context}"
         return {"vLLM": f"vllm serve {scene.model.name}{several}{limits}{UNTESTED}"}
     return {}
+
+
+def _vllm_parallel(system: System, scene: Scene) -> str:
+    parallel, gpus, experts = system.parallel, scene.machine.gpus, scene.model.experts
+    line = f" --{parallel.attention}-parallel-size {gpus}"
+    if parallel.experts == "expert":
+        line += " --enable-expert-parallel"
+    if parallel.placement == "balanced":
+        redundant = parallel.slots(experts, gpus) - experts
+        line += f" --enable-eplb --eplb-config.num_redundant_experts {redundant}"
+    return line
 
 
 def _llamacpp(system: System, scene: Scene, limits: str) -> dict[str, str]:
