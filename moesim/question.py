@@ -541,6 +541,11 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
             "tokens": trace.tokens,
         },
         "model": asdict(scene.given[0]),
+        "model_size": {
+            "params": scene.given[0].total_params,
+            "bytes": scene.given[0].total_bytes,
+            "expert_bytes": scene.given[0].total_expert_bytes,
+        },
         "machine": scene.machine.to_dict(),
         "costs": scene.costs().label,
         "system": system.parts(),
