@@ -36,7 +36,11 @@ SlotsPerLayer = Annotated[
     int | None, typer.Option("--slots-per-layer", help="Expert slots per MoE layer, instead of --expert-memory.")
 ]
 WorkloadOption = Annotated[
-    Path | None, typer.Option("--workload", help="CSV: arrival_s, prompt_tokens, output_tokens[, request_id, task].")
+    Path | None,
+    typer.Option(
+        "--workload",
+        help="Requests with arrivals and lengths (docs/bring-a-workload.md).",
+    ),
 ]
 RequestRate = Annotated[
     float | None, typer.Option("--request-rate", help="Requests/s, as vLLM's; inf sends all at once.")
@@ -90,8 +94,6 @@ def _question(
     from moesim.question import Question, parse_slo
     from moesim.units import parse_size
 
-    if workload and request_rate is not None:
-        raise WorkloadError(f"--workload {workload} brings its own arrivals; leave out --request-rate {request_rate:g}")
     return Question(
         model=model,
         machine=machine,
@@ -150,14 +152,23 @@ def replay(
     prices: PricesOption = None,
     timeline: Annotated[Path | None, typer.Option("--timeline", help="Write a timeline for ui.perfetto.dev.")] = None,
     as_json: JsonOption = False,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="vllm, aiperf or llama-bench: also write such files to -o, or print the first."),
+    ] = None,
     output: OutputOption = None,
 ) -> None:
     """Replay a routing trace under a policy: does it fit, how fast, what limits it."""
     from moesim.page import format_run
     from moesim.question import run
+    from moesim.result_formats import check_format, result_files, write_files
     from moesim.timeline import write_timeline
     from moesim.trace.io import read
 
+    if format_ is not None:
+        check_format(format_)
+        if as_json and not output:
+            raise WorkloadError("--json and --format both print; give --format a directory with -o, or leave one out")
     question = _question(
         model, _priced(machine, prices), expert_memory, slots_per_layer, workload, request_rate, burstiness,
         max_concurrency, max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
@@ -171,7 +182,13 @@ def replay(
         write_timeline(result.records, timeline)
     if output:
         result.save(output)
-    _print(result.summary, format_run(result), as_json)
+    files = result_files(result, format_) if format_ and result.records.requests else {}
+    if output:
+        write_files(files, output)
+    if files and not output:
+        sys.stdout.write(next(iter(files.values())))
+    else:
+        _print(result.summary, format_run(result), as_json)
     if result.summary["status"] in ("OOM", "CACHE_DISABLED", "OVERLOADED"):
         raise typer.Exit(INFEASIBLE)
 
