@@ -147,7 +147,7 @@ def _sharegpt(path: Path, data: list[Any]) -> Iterator[Row]:
         if not all(isinstance(turn, str) for turn in turns):
             raise WorkloadError(f"{where}: each turn must be {{from, value}} with a text")
         if len(turns) == 2 and all(turns):
-            prompt, output = (-(-len(turn) // CHARACTERS) for turn in turns)
+            prompt, output = (-(-len(str(turn)) // CHARACTERS) for turn in turns)
             row = {"at": 0, "prompt": prompt, "output": output}
             yield _row(where, number, row, "at", "prompt", "output", 1.0)._replace(counted=False)
 
