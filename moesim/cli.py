@@ -36,7 +36,11 @@ SlotsPerLayer = Annotated[
     int | None, typer.Option("--slots-per-layer", help="Expert slots per MoE layer, instead of --expert-memory.")
 ]
 WorkloadOption = Annotated[
-    Path | None, typer.Option("--workload", help="CSV: arrival_s, prompt_tokens, output_tokens[, request_id, task].")
+    Path | None,
+    typer.Option(
+        "--workload",
+        help="Requests with arrivals and lengths (docs/bring-a-workload.md).",
+    ),
 ]
 RequestRate = Annotated[
     float | None, typer.Option("--request-rate", help="Requests/s, as vLLM's; inf sends all at once.")
@@ -90,8 +94,6 @@ def _question(
     from moesim.question import Question, parse_slo
     from moesim.units import parse_size
 
-    if workload and request_rate is not None:
-        raise WorkloadError(f"--workload {workload} brings its own arrivals; leave out --request-rate {request_rate:g}")
     return Question(
         model=model,
         machine=machine,

@@ -304,6 +304,10 @@ def _workload(trace: Trace, q: Question) -> Workload:
     if q.num_prompts is not None:
         workload = first(workload, q.num_prompts)
     if q.request_rate is not None:
+        if q.workload and any(r.arrival_ns for r in workload.requests):
+            raise WorkloadError(
+                f"--workload {q.workload} brings its own arrivals; leave out --request-rate {q.request_rate:g}"
+            )
         workload = with_arrivals(workload, q.request_rate, q.burstiness, q.seed)
     return workload if q.slo_ms is None else with_slo(workload, q.slo_ms)
 
