@@ -89,15 +89,8 @@ def _azure(path: Path, reader: Any) -> Iterator[Row]:
             seconds = (at - began).total_seconds()
         except (ValueError, TypeError):
             raise WorkloadError(f"{path}, line {line}: TIMESTAMP '{text}' must be a date and time") from None
-        yield _row(
-            f"{path}, line {line}",
-            line,
-            row | {"seconds": str(seconds)},
-            "seconds",
-            "ContextTokens",
-            "GeneratedTokens",
-            1.0,
-        )
+        row |= {"seconds": str(seconds)}
+        yield _row(f"{path}, line {line}", line, row, "seconds", "ContextTokens", "GeneratedTokens", 1.0)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
