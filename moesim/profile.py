@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,19 @@ def _read_text(path: Path, limit: int) -> str:
         raise CalibrationError(f"{path}: not UTF-8 text") from error
 
 
-def _read_fit(path: Path) -> list[Curve]:
+def _read_fit(path: Path) -> tuple[Curve, ...]:
+    """The curves of a file; read once as long as it stays what it is, since a band asks for them a dozen times."""
     if not path.exists():
-        return []
+        return ()
+    found = path.stat()
+    return _curves(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=2)
+def _curves(path: Path, changed_ns: int, size: int) -> tuple[Curve, ...]:
     try:
         data = json.loads(_read_text(path, MAX_FIT_BYTES))
-        return [Curve.from_dict(entry) for entry in data["curves"]]
+        return tuple(Curve.from_dict(entry) for entry in data["curves"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CalibrationError(f"{path}: not a fit of moesim ({error}); fit or import it again") from error
 

@@ -117,7 +117,7 @@ class Scene:
         check_matches(trace, self.model)
         given = question.machine
         self.machine: Machine = given if isinstance(given, Machine) else load_machine(given)
-        self._costs: dict[tuple[str, bool], Roofline] = {}
+        self._costs: dict[tuple[str, bool, bool], Roofline] = {}
         self.workload = _workload(trace, question)
         self._shared_rows = bool(question.workload)
         timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
@@ -217,15 +217,16 @@ class Scene:
         bits = system.expert_bits
         return self.model if bits is None else self.model.with_precision(expert_bits=bits)
 
-    def costs(self, scale: str = "default", graph: bool = True) -> Roofline:
+    def costs(self, scale: str = "default", graph: bool = True, repacked: bool = True) -> Roofline:
         """What the machine's primitives cost; a profile is read once."""
-        if (scale, graph) not in self._costs:
-            self._costs[scale, graph] = costs_of(self.machine, scale, graph)
-        return self._costs[scale, graph]
+        key = scale, graph, repacked
+        if key not in self._costs:
+            self._costs[key] = costs_of(self.machine, *key)
+        return self._costs[key]
 
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
-        costs = self.costs(scale, system.graph)
+        costs = self.costs(scale, system.graph, system.repacked)
         # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
         offloaded = not system.all_resident and system.misses.rule != "host"
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)

@@ -24,7 +24,7 @@ ROOMS = [
     ["systems"],
     ["records"],
     ["engine"],
-    ["metrics", "timeline", "plots", "profile_plots", "contracts"],
+    ["metrics", "timeline", "plots", "profile_plots", "contracts", "model_error"],
     ["question"],
     ["compare", "page", "model_report", "whatif", "doctor", "run_report", "published", "published_report", "capacity"],
     ["plan"],
