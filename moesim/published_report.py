@@ -114,12 +114,13 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["", "| case | system, model, machine | metric | measured | predicted | P10 to P90 | error |"]
     lines += ["|---|---|---|--:|--:|--:|--:|"]
     for row in result["cases"]:
+        found = f"{row['status']} |  | "
         if "error" in row:
-            lines.append(
-                f"| {row['id']}{' (low trust)' if row['trust'] == 'low' else ''} | {row['system']}, "
-                f"{row['model'].rpartition('/')[2]}, {row['machine']} | {row['metric']} | {row['measured']:g} | "
-                f"{row['predicted']:.4g} | {row['low']:.4g} to {row['high']:.4g} | {row['error']:+.0%} |"
-            )
+            found = f"{row['predicted']:.4g} | {row['low']:.4g} to {row['high']:.4g} | {row['error']:+.0%}"
+        lines.append(
+            f"| {row['id']}{' (low trust)' if row['trust'] == 'low' else ''} | {row['system']}, "
+            f"{row['model'].rpartition('/')[2]}, {row['machine']} | {row['metric']} | {row['measured']:g} | {found} |"
+        )
     return "\n".join(lines)
 
 
