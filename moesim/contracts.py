@@ -101,9 +101,8 @@ def _setting(system: System, ground: Ground, slots: int, together: int, seed: in
     served = apply_all(system.transforms, ground.model, ground.trace, seed)
     bits = system.expert_bits
     model = served.model if bits is None else served.model.with_precision(expert_bits=bits)
-    table = CostTable(
-        model, ground.machine, costs_of(ground.machine, graph=system.graph), not system.all_resident, system.kernel
-    )
+    costs = costs_of(ground.machine, graph=system.graph, repacked=system.repacked)
+    table = CostTable(model, ground.machine, costs, not system.all_resident, system.kernel)
     least = 2 if system.misses.rule == "precision" else 1  # one copy of each precision is the least it works with
     slots = min(max(slots, least), model.experts)
     one_each = sum(table.expert_bytes(layer) for layer in range(served.trace.layers))

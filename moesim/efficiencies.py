@@ -38,6 +38,7 @@ class Efficiencies:
     dram_workstation: float
     dram_server: float
     core_gweights: float
+    core_plain: float
     core_gflops: float
     core_server: float
     numa_duplicated: float
@@ -61,8 +62,8 @@ RESOURCES = {  # whose terms err together
     ),
     "engine": ("eager_us", "launch_us", "route_us", "step_us", "sample_us", "handoff_us"),
     "host": (
-        "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_gflops", "core_server",
-        "numa_duplicated", "numa_split", "numa_cores",
+        "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_plain", "core_gflops",
+        "core_server", "numa_duplicated", "numa_split", "numa_cores",
     ),
     "links": ("link", "copy_us", "duplex", "pageable", "nvme", "nvme_us", "exchange", "exchange_host", "exchange_us"),
 }  # fmt: skip

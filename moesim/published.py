@@ -20,7 +20,9 @@ from typing import Any
 
 from moesim.errors import MoesimError, ValidationError, nearest
 from moesim.machine import Machine, load_machine
+from moesim.metrics import CAUSES
 from moesim.model import Model, load_model
+from moesim.model_error import Miss, band, basis_of, fit, model_error, spread
 
 SHIPPED = Path(__file__).parent / "data" / "published_cases.csv"
 COLUMNS = (
@@ -32,12 +34,22 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {  # by name, from the m
     "prefill_tok_s": lambda m: 1000 * m["total_input_tokens"] / m["completed"] / m["mean_ttft_ms"],
     "tpot_ms": lambda m: m["mean_tpot_ms"],
     "ttft_s": lambda m: m["mean_ttft_ms"] / 1000,
+    "e2el_s": lambda m: m["mean_e2el_ms"] / 1000,
     "throughput_tok_s": lambda m: m["output_throughput"],
     "hit_rate": lambda m: m["hit_rate"],
 }
 TRUST = ("high", "medium", "low")
-TOLERANCE = {"decode_tok_s": 0.20, "tpot_ms": 0.20, "prefill_tok_s": 0.25, "ttft_s": 0.25, "throughput_tok_s": 0.20}
+TOLERANCE = {
+    "decode_tok_s": 0.20, "tpot_ms": 0.20, "throughput_tok_s": 0.20, "e2el_s": 0.20, "prefill_tok_s": 0.25,
+    "ttft_s": 0.25,
+}  # fmt: skip
 HIT_RATE_POINTS = 0.05
+WAITS = {CAUSES["pcie"]: "PCIe-bound", CAUSES["host"]: "CPU-bound", CAUSES["nvme"]: "NVMe-bound"}
+TIMES = ("tpot_ms", "ttft_s", "e2el_s")  # less is better
+# Groups whose rows informed a term of data/terms.csv or docs/costs.md; any other is held out.
+TRAINING = ("ktv3", "ubg", "ikr1", "ikq30", "ikq235", "ikmav", "imp", "lmf", "mi", "vllm")
+SPLITS = ("training", "held out")
+AT_ONCE = ("throughput_tok_s", "e2el_s")  # metrics of requests that are all there from the beginning
 BAND_TOKENS, BAND_REQUESTS = 16, 256  # of many long requests, those from which a band is taken
 FEW = 12  # cases that are predicted one after the other
 PIECES = (2048, 8, 8)  # requests, prompt and output tokens that the routing of many requests is joined from
@@ -122,7 +134,7 @@ def _case(row: dict[str, str]) -> Case:
         _model(model_name, model_changes), _machine(machine_name, machine_changes),
         system, tuple(f"{key}={value}" for key, value in chosen.items()), int(slots) if slots else None, memory,
         _whole(row, "prompt", 0), _whole(row, "output", 1), _whole(row, "concurrency", 1), metric, value, trust,
-        row["assumed"], 1 if metric == "throughput_tok_s" else 2,
+        row["assumed"], 1 if metric in AT_ONCE else 2,
     )  # fmt: skip
 
 
@@ -170,7 +182,11 @@ def _machine(name: str, changes: dict[str, str]) -> Machine:
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """`predicted`, `low` and `high` (P10 and P90), `status` and `bottleneck`; an error is a result too."""
+    """`predicted`, `low` and `high` (P10 and P90), `status`, `regime` and `bottleneck`; an error is a result too.
+
+    costs: natural logarithms of how far costs alone move it down and up; basis: where the rest of its band comes from.
+    """
+    # NOTE: by set-up alone, so that several values of one are predicted once
     setup = replace(case, id="", group="", source="", metric="", value=1.0, trust="", assumed="")
     try:
         status, numbers, varied, bottleneck = _predicted(setup)
@@ -179,8 +195,14 @@ def predict(case: Case) -> dict[str, Any]:
     if not numbers:
         return {"status": status, "reason": bottleneck}
     value, (base, *ends) = METRICS[case.metric](numbers), (METRICS[case.metric](found) for found in varied)
-    low, high = (value * end / base for end in band(base, ends))
-    return {"status": status, "predicted": value, "low": low, "high": high, "bottleneck": bottleneck}
+    from moesim.question import compose
+
+    basis = basis_of(case.machine, compose(case.system, case.settings))
+    low, high = (value * end / base for end in band(base, ends, model_error(basis, case.group)))
+    return {
+        "status": status, "predicted": value, "low": low, "high": high, "bottleneck": bottleneck,
+        "regime": _regime(case, status, bottleneck), "basis": basis, "costs": spread(base, ends),
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=64)  # one set-up may have several values
@@ -220,11 +242,34 @@ def _predicted(case: Case) -> tuple[str, dict[str, Any], list[dict[str, Any]], s
     return summary["status"], summary["metrics"], varied, summary["bottleneck"]["explanation"]
 
 
-def band(value: float, ends: Sequence[float]) -> tuple[float, float]:
-    """P10 and P90: ends of the resources' bands, their logarithms added as squares on either side."""
-    moved = [math.log(end / value) for end in ends]
-    down, up = (math.sqrt(sum(m * m for m in moved if m * side > 0)) for side in (-1, 1))
-    return value * math.exp(-down), value * math.exp(up)
+def _regime(case: Case, status: str, bottleneck: str) -> str:
+    """What kind of run it is: by what waits longest, and where that is the GPU, by whether it multiplies or reads."""
+    if status == "OVERLOADED":
+        return "overloaded"
+    if bottleneck in WAITS:
+        return WAITS[bottleneck]
+    from moesim.question import compose
+
+    if not compose(case.system, case.settings).all_resident:
+        return "GPU-bound, experts absent"
+    return "compute-bound" if _multiplies(case) else "fits"
+
+
+def _multiplies(case: Case) -> bool:
+    """Whether a pass takes longer at the peak rate than at the nominal bandwidth.
+
+    Of prompts where only they are measured, else of one token of every request and its share of the prompts.
+    """
+    model, gpu = case.model, case.machine.gpu
+    prompts = case.metric in ("prefill_tok_s", "ttft_s")
+    tokens = float(case.prompt) if prompts else case.concurrency
+    if case.metric in AT_ONCE:
+        tokens *= 1 + case.prompt / case.output
+    touched = 1 - (1 - model.top_k / model.experts) ** tokens
+    nbytes = model.other_bytes + touched * model.total_expert_bytes
+    flops = 2 * tokens * model.active_params
+    peak = gpu.fp8_tflops or gpu.tflops if 8 <= model.expert_bits < 8.1 else gpu.tflops
+    return flops / (peak * 1e12) > nbytes / (gpu.hbm_gbps * 1e9)
 
 
 def _routing(case: Case) -> Any:
@@ -246,13 +291,15 @@ def _routing(case: Case) -> Any:
 
 
 def validate(cases: Sequence[Case], advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Every case predicted, and scores over those of medium or high trust: by metric, overall and by group."""
+    """Every case predicted, and scores over those of medium or high trust: by metric, split, group and regime."""
     rows = []
     for case, found in _predictions(cases):
         row = {
-            "id": case.id, "group": case.group, "metric": case.metric, "trust": case.trust, "source": case.source,
-            "model": case.model.name, "machine": case.machine.name, "system": case.system, "measured": case.value,
-            "assumed": case.assumed, **found,
+            "id": case.id, "group": case.group, "split": SPLITS[case.group not in TRAINING],
+            "metric": case.metric, "trust": case.trust, "source": case.source, "model": case.model.name,
+            "machine": case.machine.name, "system": case.system, "measured": case.value, "assumed": case.assumed,
+            "setup": repr(replace(case, id="", source="", value=1.0, trust="", assumed="")),
+            "workload": (case.model.name, case.prompt, case.output, case.concurrency), **found,
         }  # fmt: skip
         if "predicted" in found:
             row["error"] = found["predicted"] / case.value - 1
@@ -264,12 +311,20 @@ def validate(cases: Sequence[Case], advance: Callable[[], None] = lambda: None) 
     summary = {}
     for metric in dict.fromkeys(row["metric"] for row in scored):
         own = [row for row in scored if row["metric"] == metric]
-        groups = {g: _score([r for r in own if r["group"] == g]) for g in dict.fromkeys(r["group"] for r in own)}
-        summary[metric] = _score(own) | {"groups": groups, "worst_group": _worst(groups)}
+        groups = _by(own, "group")
+        splits = {name.replace(" ", "_"): score for name, score in _by(own, "split").items()}
+        summary[metric] = _score(own) | splits | {"groups": groups, "worst_group": _worst(groups)}
+    speeds = [row | {"error": _faster(row)} for row in scored if row["metric"] != "hit_rate"]
+    bands, covered = fit_bands(rows), _covered(scored)
+    for row in rows:
+        del row["setup"], row["workload"]
     return {
         "status": "passed" if summary and all(_within(m, s) for m, s in summary.items()) else "failed",
         "cases": rows,
         "summary": summary,
+        "regimes": _by(speeds, "regime"),
+        "bands": bands,
+        "covered": covered,
         "tolerances": TOLERANCE | {"hit_rate": HIT_RATE_POINTS},
         "without_prediction": sum("error" not in row for row in rows),
         "not_scored": sum(row["trust"] == "low" for row in rows),
@@ -285,11 +340,22 @@ def _predictions(cases: Sequence[Case]) -> Iterator[tuple[Case, dict[str, Any]]]
         yield from zip(cases, pool.map(predict, cases), strict=True)
 
 
+def _by(rows: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    return {name: _score([r for r in rows if r[key] == name]) for name in dict.fromkeys(r[key] for r in rows)}
+
+
+def _faster(row: dict[str, Any]) -> float:
+    """The error as one of speed, whether the metric is a rate or a time."""
+    ratio = 1 + row["error"]
+    return (1 / ratio if row["metric"] in TIMES else ratio) - 1
+
+
 def _score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     errors = [row["error"] for row in rows]
     sizes = sorted(abs(error) for error in errors)
     bands = [row["in_band"] for row in rows if row["in_band"] is not None]
     points = [abs(row["predicted"] - row["measured"]) for row in rows]
+    regrets = _regrets(rows)
     return {
         "cases": len(rows),
         "median_abs_error": statistics.median(sizes),
@@ -298,8 +364,31 @@ def _score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "p95": sizes[min(int(0.95 * len(sizes)), len(sizes) - 1)],
         "median_points": statistics.median(points),
         "kendall_tau": _kendall([row["measured"] for row in rows], [row["predicted"] for row in rows]),
+        "choices": len(regrets),
+        "top1_regret": statistics.fmean(regrets) if regrets else None,
         "coverage": statistics.fmean(bands) if bands else None,
     }
+
+
+def _regrets(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Of every choice a source offers, how much worse than its best what is predicted best was measured to be.
+
+    A choice: set-ups of one group that serve the same requests with the same model, measured by the same metric.
+    Values measured for one set-up are averaged.
+    """
+    choices: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        choice = choices.setdefault((row["group"], row["metric"], *row["workload"]), {})
+        choice.setdefault(row["setup"], []).append(row)
+    regrets = []
+    for (_, metric, *_), setups in choices.items():
+        if len(setups) < 2:
+            continue
+        sign = -1 if metric in TIMES else 1
+        measured = [sign * math.log(statistics.fmean(r["measured"] for r in own)) for own in setups.values()]
+        predicted = [sign * own[0]["predicted"] for own in setups.values()]
+        regrets.append(1 - math.exp(measured[predicted.index(max(predicted))] - max(measured)))
+    return regrets
 
 
 def _kendall(measured: Sequence[float], predicted: Sequence[float]) -> float | None:
@@ -320,3 +409,37 @@ def _within(metric: str, summary: dict[str, Any]) -> bool:
     if metric == "hit_rate":
         return all(group["median_points"] <= HIT_RATE_POINTS for group in summary["groups"].values())
     return all(group["median_abs_error"] <= TOLERANCE[metric] for group in summary["groups"].values())
+
+
+def fit_bands(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What data/model_error.csv would hold, had it been fitted to these rows: for every basis the fit to all groups,
+    and those to all but one, which that one's bands are taken from."""
+    bands = []
+    usable = [r for r in rows if "error" in r and r["trust"] != "low" and r["metric"] != "hit_rate"]
+    for basis in dict.fromkeys(row["basis"] for row in usable):
+        misses = [_miss(row) for row in usable if row["basis"] == basis]
+        groups = list(dict.fromkeys(miss.group for miss in misses))
+        for without in ("", *groups) if len(groups) > 1 else ("",):
+            costs, own = fit(miss for miss in misses if miss.group != without)
+            bands.append({"basis": basis, "without": without, "costs": costs, "own": own})
+    return bands
+
+
+def _covered(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By basis: how many sources and cases have a band, and how often the measured value lies in it, by case and with
+    every source weighing the same."""
+    found = {}
+    banded = [row for row in rows if row["in_band"] is not None]
+    for basis in (*dict.fromkeys(row["basis"] for row in banded), "all") if banded else ():
+        own = [row for row in banded if basis in (row["basis"], "all")]
+        groups = [[r["in_band"] for r in own if r["group"] == g] for g in dict.fromkeys(r["group"] for r in own)]
+        found[basis] = {
+            "cases": len(own), "sources": len(groups), "by_case": statistics.fmean(r["in_band"] for r in own),
+            "by_source": statistics.fmean(statistics.fmean(group) for group in groups),
+        }  # fmt: skip
+    return found
+
+
+def _miss(row: dict[str, Any]) -> Miss:
+    off = -math.log1p(row["error"])  # of measured over predicted
+    return Miss(row["group"], row["costs"][off > 0], abs(off))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moesim.files import write_text
 from moesim.output import to_json
+from moesim.published import SPLITS
 
 WORST = 10
-_HEADER = ("metric", "group", "cases", "median", "mean", "bias", "P95", "tau", "in P10-P90")
+_HEADER = ("metric", "group", "cases", "median", "mean", "bias", "P95", "tau", "regret", "in P10-P90")
+_REGIMES = ("regime", "cases", "median", "mean", "bias", "P95", "in P10-P90")
+_BANDS = ("basis", "sources", "cases", "costs", "own", "own, one source left out", "in P10-P90", "mean over sources")
 
 
 def text(result: dict[str, Any]) -> str:
     """Scores by metric and group, the worst cases, and what was not predicted or not scored."""
-    rows = [_HEADER, *_score_rows(result)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = [f"published measurements: {result['status'].upper()}", ""]
-    for row in rows:
-        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False))
-        lines.append("  ".join([left, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))]))
+    lines += _columns([_HEADER, *_score_rows(result)], 2)
+    lines += ["", "by regime, errors of speed", *_columns([_REGIMES, *_regime_rows(result)], 1)]
+    lines += ["", "bands, fitted to these rows", *_columns([_BANDS, *_band_rows(result)], 1)]
     lines += ["", "worst"]
     for case in _worst(result):
         lines.append(
@@ -31,20 +33,60 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _columns(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Cells below each other, the first `left` columns aligned to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 def _score_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for metric, summary in result["summary"].items():
         tolerance = result["tolerances"][metric]
-        for group, score in [("all", summary), *summary["groups"].items()]:
+        splits = [(name, summary[name.replace(" ", "_")]) for name in SPLITS if name.replace(" ", "_") in summary]
+        for group, score in [("all", summary), *splits, *summary["groups"].items()]:
             error = score["median_points"] if metric == "hit_rate" else score["median_abs_error"]
-            mark = "" if error <= tolerance or group == "all" else "!"
+            mark = "!" if error > tolerance and group in summary["groups"] else ""
             rows.append((
                 metric if group == "all" else "", group, str(score["cases"]), f"{error:.1%}{mark}",
                 f"{score['mean_abs_error']:.1%}", f"{score['signed_bias']:+.1%}", f"{score['p95']:.1%}",
-                "-" if score["kendall_tau"] is None else f"{score['kendall_tau']:.2f}",
-                "-" if score["coverage"] is None else f"{score['coverage']:.0%}",
+                _or_dash(score["kendall_tau"], ".2f"), _or_dash(score["top1_regret"], ".1%"),
+                _or_dash(score["coverage"], ".0%"),
             ))  # fmt: skip
     return rows
+
+
+def _regime_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            regime, str(score["cases"]), f"{score['median_abs_error']:.1%}", f"{score['mean_abs_error']:.1%}",
+            f"{score['signed_bias']:+.1%}", f"{score['p95']:.1%}", _or_dash(score["coverage"], ".0%"),
+        )
+        for regime, score in result["regimes"].items()
+    ]  # fmt: skip
+
+
+def _band_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for basis, covered in result["covered"].items():
+        fits = [band for band in result["bands"] if band["basis"] == basis]
+        whole = next((f"{b['costs']:g}", f"{b['own']:g}") for b in fits if not b["without"]) if fits else ("", "")
+        own = sorted(band["own"] for band in fits if band["without"])
+        rows.append((
+            basis, str(covered["sources"]), str(covered["cases"]), *whole,
+            f"{own[0]:g} to {own[-1]:g}" if own else "", f"{covered['by_case']:.0%}", f"{covered['by_source']:.0%}",
+        ))  # fmt: skip
+    return rows
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _worst(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,29 +100,42 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         if "error" not in row:
             lines.append(f"{row['id']}: not predicted: {row['status']}: {row['reason']}")
     lines.append("! over the tolerance; hit_rate in points; median, mean and P95 of absolute errors")
+    lines.append("regret: how much worse than a source's best what is predicted best was measured to be, on average")
+    lines.append(
+        "P10-P90 of a source is fitted to all others; costs: share of the costs' band that counts, own: log of a factor"
+    )
     return lines
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of docs/accuracy.md."""
-    lines = [f"| {' | '.join(_HEADER)} |", "|---|---|" + "--:|" * (len(_HEADER) - 2)]
-    lines += [f"| {' | '.join(row)} |" for row in _score_rows(result)]
+    lines = [*_table(_HEADER, _score_rows(result), 2), ""]
+    lines += [*_table(_REGIMES, _regime_rows(result), 1), "", *_table(_BANDS, _band_rows(result), 1)]
     lines += ["", "| case | system, model, machine | metric | measured | predicted | P10 to P90 | error |"]
     lines += ["|---|---|---|--:|--:|--:|--:|"]
     for row in result["cases"]:
+        found = f"{row['status']} |  | "
         if "error" in row:
-            lines.append(
-                f"| {row['id']}{' (low trust)' if row['trust'] == 'low' else ''} | {row['system']}, "
-                f"{row['model'].rpartition('/')[2]}, {row['machine']} | {row['metric']} | {row['measured']:g} | "
-                f"{row['predicted']:.4g} | {row['low']:.4g} to {row['high']:.4g} | {row['error']:+.0%} |"
-            )
+            found = f"{row['predicted']:.4g} | {row['low']:.4g} to {row['high']:.4g} | {row['error']:+.0%}"
+        lines.append(
+            f"| {row['id']}{' (low trust)' if row['trust'] == 'low' else ''} | {row['system']}, "
+            f"{row['model'].rpartition('/')[2]}, {row['machine']} | {row['metric']} | {row['measured']:g} | {found} |"
+        )
     return "\n".join(lines)
 
 
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * left + "--:|" * (len(header) - left)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
 def save(result: dict[str, Any], directory: Path) -> None:
-    """published.json, published.md and, where plotly is installed, the page published.html."""
+    """published.json, published.md, the bands these rows would make (the format of moesim/data/model_error.csv) and,
+    where plotly is installed, the page published.html."""
     write_text(directory / "published.json", to_json(result) + "\n")
     write_text(directory / "published.md", markdown(result) + "\n")
+    bands = [f"{b['basis']},{b['without']},{b['costs']:g},{b['own']:g}" for b in result["bands"]]
+    write_text(directory / "model_error.csv", "\n".join(["basis,without,costs,own", *bands]) + "\n")
     try:
         import plotly  # noqa: F401
     except ImportError:

@@ -24,7 +24,7 @@ ROOMS = [
     ["systems"],
     ["packing", "records"],
     ["engine"],
-    ["metrics", "timeline", "plots", "run_figures", "profile_plots", "contracts"],
+    ["metrics", "timeline", "plots", "run_figures", "profile_plots", "contracts", "model_error"],
     ["question"],
     [
         "compare",

@@ -11,7 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from moesim.cli import app
+from moesim.costs.fitted import Fitted
+from moesim.costs.roofline import Roofline
 from moesim.errors import CalibrationError
+from moesim.machine import load_machine
 from moesim.profile_import import FORMATS, aiconfigurator, freetoken, import_profile, llmservingsim, vidur
 from moesim.profile_import.power_law import busiest
 
@@ -238,6 +241,19 @@ def test_freetoken(tmp_path: Path) -> None:
     down = {curve.variant[0]: curve for curve in found.curves}
     assert down["h2d"].seconds(nbytes=4_000_000) == pytest.approx(4_000_000 / 25e9, rel=0.01)
     assert down["d2h"].seconds(nbytes=4_000_000) == pytest.approx(4_000_000 / 20e9, rel=0.01)
+
+
+def test_freetoken_measured_together(tmp_path: Path) -> None:
+    """Rates beside each other say what host memory holds; without them the machine's own figure stays."""
+    alone = {"expert_bytes": 4_000_000, "cpu_moe_gbs": 60, "pcie_gather_gbs": 24}
+    both = alone | {"cpu_moe_overlap_gbs": 14, "pcie_gather_overlap_gbs": 11}
+    ceilings = {"cpu_stream_read_gbs": 80, "pcie_linear_h2d_gbs": 25.0, "pcie_linear_d2h_gbs": 20.0}
+    found = {}
+    for name, rates in (("alone", alone), ("both", both)):
+        (tmp_path / "benchbw.json").write_text(json.dumps({"ceilings": ceilings, "dtypes": {"q4": rates}}))
+        found[name] = Fitted(load_machine("rtx-4090"), import_profile("freetoken", tmp_path, name, None)).dram_gbps
+    assert found["both"] == pytest.approx(25, rel=0.05)
+    assert found["alone"] == Roofline(load_machine("rtx-4090")).dram_gbps
 
 
 @pytest.mark.parametrize(

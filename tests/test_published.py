@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from moesim import published
 from moesim.cli import app
 from moesim.errors import ValidationError
+from moesim.metrics import CAUSES
 from moesim.published import COLUMNS, SHIPPED, choose, predict, read_cases
 
 ROW = {
@@ -31,7 +32,7 @@ def written(path: Path, *rows: dict[str, str]) -> Path:
 
 def test_shipped_cases_are_read_and_each_has_a_source():
     cases = read_cases(SHIPPED)
-    assert len(cases) == 116 and all(case.source and case.value > 0 for case in cases)
+    assert len(cases) == 233 and all(case.source and case.value > 0 for case in cases)
     two = next(case for case in cases if case.id == "ktv3-12")
     assert two.model.top_k == 6 and two.machine.host.sockets == 2 and two.machine.host.numa_duplicated
 
@@ -84,15 +85,40 @@ def test_scores_are_those_of_hand():
         {"error": -0.1, "predicted": 9.0, "measured": 10.0, "in_band": True},
         {"error": 0.0, "predicted": 4.0, "measured": 4.0, "in_band": True},
     ]
+    same = {"group": "g", "metric": "decode_tok_s", "workload": ("m", 1, 1, 1)}
+    rows = [row | same | {"setup": str(i)} for i, row in enumerate(rows)]
     score = published._score(rows)
     assert score["median_abs_error"] == 0.1 and score["signed_bias"] == 0.0 and score["p95"] == 0.5
     assert score["mean_abs_error"] == pytest.approx(0.2)
     assert score["kendall_tau"] == pytest.approx(1.0) and score["coverage"] == pytest.approx(2 / 3)
+    assert (score["choices"], score["top1_regret"]) == (1, 0.0)
 
 
-def test_bands_add_resources_as_squares():
-    low, high = published.band(1.0, [0.5, 2.0, 0.25, 1.0])
-    assert low == pytest.approx(2 ** -(5**0.5)) and high == pytest.approx(2.0)
+def test_regret_is_what_the_choice_lost():
+    """Of three set-ups for the same requests the second is predicted fastest, and was a fifth slower than the best."""
+    pairs = [(10.0, 8.0), (8.0, 9.0), (8.0, 9.0), (2.0, 1.0)]  # measured, predicted; the second was measured twice
+    rows = [
+        {"group": "g", "metric": "decode_tok_s", "workload": ("m",), "setup": s, "measured": m, "predicted": p}
+        for s, (m, p) in zip("abbc", pairs, strict=True)
+    ]
+    assert published._regrets(rows) == [pytest.approx(0.2)]
+    assert published._regrets([row | {"metric": "tpot_ms"} for row in rows]) == [pytest.approx(0.0)]
+    assert published._regrets([row | {"workload": (i,)} for i, row in enumerate(rows)]) == [], "nothing to choose from"
+
+
+def test_regimes(tmp_path):
+    mixtral = ROW | {"model": "mixtral-8x7b", "machine": "h100-sxm", "system": "all-resident"}
+    rows = [
+        mixtral | {"id": "few"},
+        mixtral | {"id": "many", "metric": "throughput_tok_s", "prompt": "512", "concurrency": "256"},
+        mixtral | {"id": "absent", "system": "llama.cpp(n_cpu_moe=2)"},
+    ]
+    few, many, absent = read_cases(written(tmp_path / "cases.csv", *rows))
+    gpu, cpu = CAUSES["experts"], CAUSES["host"]
+    assert [published._regime(case, "FITS", gpu) for case in (few, many)] == ["fits", "compute-bound"]
+    assert published._regime(absent, "FITS", gpu) == "GPU-bound, experts absent"
+    assert published._regime(absent, "FITS", cpu) == "CPU-bound"
+    assert published._regime(few, "OVERLOADED", gpu) == "overloaded"
 
 
 def test_the_page_of_results_is_what_is_predicted_now():

@@ -26,16 +26,16 @@ _ALL_TO_ALL = ("dispatch", "combine")  # of tokens to the GPUs that hold their e
 PREFERRED = "vllm"  # engine whose kernels are taken where a profile holds those of several
 
 
-def costs_of(machine: Machine, scale: str = "default", graph: bool = True) -> Roofline:
+def costs_of(machine: Machine, scale: str = "default", graph: bool = True, repacked: bool = True) -> Roofline:
     """Costs of `machine` from its profile, or from its specification sheet where it has none.
 
-    graph: kernels are launched as CUDA graphs.
+    graph: kernels are launched as CUDA graphs; repacked: as for `Roofline`.
     """
     if not machine.profile:
-        return Roofline(machine, scale, graph)
+        return Roofline(machine, scale, graph, repacked)
     from moesim.profile import read_profile
 
-    return Fitted(machine, read_profile(machine.profile), scale, graph)
+    return Fitted(machine, read_profile(machine.profile), scale, graph, repacked)
 
 
 class Fitted(Roofline):
@@ -44,8 +44,10 @@ class Fitted(Roofline):
     assumed: primitives that fell back to the roofline when asked; extrapolated: curves asked beyond what was measured.
     """
 
-    def __init__(self, machine: Machine, profile: Profile, scale: str = "default", graph: bool = True) -> None:
-        super().__init__(machine, scale, graph)
+    def __init__(
+        self, machine: Machine, profile: Profile, scale: str = "default", graph: bool = True, repacked: bool = True
+    ) -> None:
+        super().__init__(machine, scale, graph, repacked)
         self.label = profile.label
         self.assumed: set[str] = _not_measured(profile)
         self.extrapolated: set[str] = set()

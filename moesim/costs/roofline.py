@@ -35,19 +35,21 @@ class Roofline:
     """The primitives a cost table is made of, for one device of `machine`.
 
     scale: `low` and `high` take the pessimistic and optimistic end of every term: the band of a prediction that rests
-    on specification sheets. graph: kernels are launched as CUDA graphs.
+    on specification sheets. graph: kernels are launched as CUDA graphs. repacked: weights of experts on the CPU lie as
+    its kernels want them, not as the file has them.
     """
 
     label = "specification-sheet"
     sparse_measured = False
 
-    def __init__(self, machine: Machine, scale: str = "default", graph: bool = True) -> None:
+    def __init__(self, machine: Machine, scale: str = "default", graph: bool = True, repacked: bool = True) -> None:
         self.machine = machine
         self.terms = e = efficiencies(scale, machine.efficiencies)
         gpu, host, pcie = machine.gpu, machine.host, machine.pcie
         self._hbm = gpu.hbm_gbps * 1e9
         self._flops = gpu.tflops * 1e12
         self._flops8 = (gpu.fp8_tflops or gpu.tflops) * 1e12
+        self._gweights = e.core_gweights * (1.0 if repacked else e.core_plain)
         self._eager = 0.0 if graph else e.eager_us * 1e-6
         share = {"desktop": e.dram_desktop, "workstation": e.dram_workstation, "server": e.dram_server}
         numa = (e.numa_duplicated if host.numa_duplicated else e.numa_split) ** math.log2(host.sockets)
@@ -139,7 +141,7 @@ class Roofline:
         """One expert on the CPU: reading it from DRAM or unpacking and multiplying it, whichever takes longer."""
         if not tokens:
             return 0.0
-        per_weight = 1 / self.terms.core_gweights + 2 * tokens / self._core_gflops
+        per_weight = 1 / self._gweights + 2 * tokens / self._core_gflops
         return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / self._cores)
 
     def handoff(self) -> float:

@@ -17,9 +17,9 @@ from moesim.errors import MoesimError, WorkloadError, nearest
 from moesim.machine import Machine
 from moesim.metrics import latency_metrics, throughput_metrics
 from moesim.model import Model
+from moesim.model_error import ModelError, band, basis_of, model_error
 from moesim.plan.flags import as_it_fits, flags
 from moesim.policies import FCFS
-from moesim.published import band
 from moesim.question import ANCHORS, Question, Scene, anchor, compose, predict_band, run
 from moesim.systems import System, load_system
 from moesim.trace import Trace
@@ -221,14 +221,14 @@ def _answer(search: Search) -> Row:
     second = next((row for row in kept if best and _value(row, asked) != _value(best, asked)), None)
     # beside the best composed anew the best that is published, or the reverse
     other = next((row for row in kept if best and bool(row["settings"]) != bool(best["settings"])), None)
-    ends = {}
+    sure = {}
     for row in [*front, *(row for row in (best, second, other) if row is not None and row not in front)]:
-        ends[id(row)] = _sure(row, asking, search.choice_of[tuple(_name_of(row).values())])
+        sure[id(row)] = _sure(row, asking, search.choice_of[tuple(_name_of(row).values())])
     if best is not None:
         best |= _explained(asking, search.choice_of[tuple(_name_of(best).values())])
-        best["difference"] = second and _difference(best, second, ends, asked)
+        best["difference"] = second and _difference(best, second, sure, asked)
         best["over_published" if best["settings"] else "over_composed"] = other and _difference(
-            best, other, ends, asked
+            best, other, sure, asked
         )
     return {
         "model": asking.model.name,
@@ -417,31 +417,33 @@ def _rank(row: Row, asked: Asked) -> tuple[float, ...]:
 # -- how sure, and why --------------------------------------------------------------------------------------------
 
 
-def _sure(row: Row, asking: _Asking, choice: Choice) -> list[Row]:
-    """Add P10 to P90 and the flags; return the metrics with each resource's costs slow and fast."""
+def _sure(row: Row, asking: _Asking, choice: Choice) -> tuple[list[Row], ModelError]:
+    """Add P10 to P90 and the flags; return the metrics at each end of the costs' bands, and the model's error."""
     system = choice.system
+    error = model_error(basis_of(asking.scene(choice).machine, system))
     _, (middle, *ends), _ = predict_band(asking.trace(choice), system, asking.question(choice))
-    row["p10_p90"] = band(middle["output_throughput"], [end["output_throughput"] for end in ends])
+    row["p10_p90"] = band(middle["output_throughput"], [end["output_throughput"] for end in ends], error)
     tpot = middle["mean_tpot_ms"]
-    row["tpot_p10_p90_ms"] = tpot and band(tpot, [end["mean_tpot_ms"] for end in ends])
+    row["tpot_p10_p90_ms"] = tpot and band(tpot, [end["mean_tpot_ms"] for end in ends], error)
     row["flags"] = flags(system, asking.scene(choice), choice.bits, asking.as_published(choice))
-    return ends
+    return ends, error
 
 
-def _difference(best: Row, second: Row, ends: dict[int, list[Row]], asked: Asked) -> Row:
+def _difference(best: Row, second: Row, sure: dict[int, tuple[list[Row], ModelError]], asked: Asked) -> Row:
     """How much better the best is than the next in the objective, relative, and whether that exceeds what is unsure.
 
-    On one machine the same costs move for both, so that what they have in common cancels; the errors of different
-    machines are taken to be independent.
+    On one machine the same costs move for both, and the model errs alike, so that what they have in common cancels; the
+    errors of different machines are taken to be independent.
     """
     metric, sign = ("mean_tpot_ms", -1) if asked.objective == "latency" else ("output_throughput", 1)
-    mine, theirs = ([(end[metric] / row[metric]) ** sign for end in ends[id(row)]] for row in (best, second))
+    mine, theirs = ([(end[metric] / row[metric]) ** sign for end in sure[id(row)][0]] for row in (best, second))
     ratio = _value(second, asked) / _value(best, asked)
     if asked.objective == "throughput":
         ratio = 1 / ratio
     together = best["machine"] == second["machine"]
     moved = [a / b for a, b in zip(mine, theirs, strict=True)] if together else mine + [1 / b for b in theirs]
-    low, high = band(ratio, [ratio * m for m in moved])
+    own = 0.0 if together else math.hypot(sure[id(best)][1].own, sure[id(second)][1].own)
+    low, high = band(ratio, [ratio * m for m in moved], ModelError(sure[id(best)][1].costs, own))
     return {"of": _name_of(second), "value": ratio - 1, "p10": low - 1, "p90": high - 1, "exceeds": low > 1}
 
 

@@ -57,6 +57,23 @@ def _rows(data: Row, path: Path) -> Iterator[list[Row]]:
                 "family": "copy", "direction": direction, "pinned": 1, "nbytes": size, "seconds": size / rate / 1e9,
             })  # fmt: skip
     yield rows
+    yield [row for form in formats.values() for row in _shared(form, path)]
+
+
+def _shared(form: Row, path: Path) -> Iterator[Row]:
+    """Copies and CPU experts of one number format alone and beside each other, where the file has all four rates.
+
+    What they get together is what host memory holds; rates measured alone promise both at once.
+    """
+    rates = {"h2d": ("pcie_gather_gbs", "pcie_gather_overlap_gbs"), "host": ("cpu_moe_gbs", "cpu_moe_overlap_gbs")}
+    if not all(name in form for names in rates.values() for name in names):
+        return
+    for what, names in rates.items():
+        for both, name in enumerate(names):
+            rate = _rate(form, name, path)
+            beside = {"h2d": int(both or what == "h2d"), "host": int(both or what == "host"), "disk": 0, "gpu": 0}
+            for size in (int(_rate(form, "expert_bytes", path) * 4.0**i) for i in (-1, 0, 1)):
+                yield {"family": "together", "what": what, "nbytes": size, **beside, "seconds": size / rate / 1e9}
 
 
 def _rate(values: Row, name: str, path: Path) -> float:

@@ -15,6 +15,7 @@ def llamacpp(n_cpu_moe: int = 0, op_offload: bool = True) -> System:
     n_cpu_moe: at least so many layers' experts are on the CPU, and more where the GPU's memory asks for it.
     op_offload: steps of 32 tokens and more run on the GPU, to which those layers' experts are copied each time; false
         is `--no-op-offload`. Copies come from a mapped file unless `--no-mmap` is given: set host.pinned to false.
+    Set `repacked=true` for weights rearranged for the CPU's kernels (ik_llama.cpp's `-rtr` and its `_R4` files).
     """
     if n_cpu_moe < 0:
         raise PolicyError(f"n_cpu_moe {n_cpu_moe} must be at least 0 layers")
@@ -25,6 +26,7 @@ def llamacpp(n_cpu_moe: int = 0, op_offload: bool = True) -> System:
         capacity=WholeLayers(n_cpu_moe),
         misses=far if op_offload else Misses("host", keep=False),
         placement=Placement("hot", pinned=True),
+        repacked=False,
         source="github.com/ggml-org/llama.cpp, --n-cpu-moe and --override-tensor",
         notes=("copies of experts for steps of 32 tokens and more overlap with kernels; llama.cpp's do not",)
         if op_offload
