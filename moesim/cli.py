@@ -36,7 +36,11 @@ SlotsPerLayer = Annotated[
     int | None, typer.Option("--slots-per-layer", help="Expert slots per MoE layer, instead of --expert-memory.")
 ]
 WorkloadOption = Annotated[
-    Path | None, typer.Option("--workload", help="CSV: arrival_s, prompt_tokens, output_tokens[, request_id, task].")
+    Path | None,
+    typer.Option(
+        "--workload",
+        help="Requests with arrivals and lengths (docs/bring-a-workload.md).",
+    ),
 ]
 RequestRate = Annotated[
     float | None, typer.Option("--request-rate", help="Requests/s, as vLLM's; inf sends all at once.")
@@ -59,6 +63,9 @@ EngineOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+PricesOption = Annotated[
+    Path | None, typer.Option("--prices", help="CSV of prices in place of moesim's own (docs/prices.md).")
+]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the results.")]
 
 
@@ -78,7 +85,7 @@ def _root(
 
 
 def _question(
-    model: str | None, machine: str, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
+    model: str | None, machine: Any, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
     request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
     num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int, engine: str,
     goodput: list[str] | None = None,
@@ -87,8 +94,6 @@ def _question(
     from moesim.question import Question, parse_slo
     from moesim.units import parse_size
 
-    if workload and request_rate is not None:
-        raise WorkloadError(f"--workload {workload} brings its own arrivals; leave out --request-rate {request_rate:g}")
     return Question(
         model=model,
         machine=machine,
@@ -144,19 +149,29 @@ def replay(
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
     anchors: Annotated[bool, typer.Option("--anchors/--no-anchors", help="Also run the four anchors.")] = True,
+    prices: PricesOption = None,
     timeline: Annotated[Path | None, typer.Option("--timeline", help="Write a timeline for ui.perfetto.dev.")] = None,
     as_json: JsonOption = False,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="vllm, aiperf or llama-bench: also write such files to -o, or print the first."),
+    ] = None,
     output: OutputOption = None,
 ) -> None:
     """Replay a routing trace under a policy: does it fit, how fast, what limits it."""
     from moesim.page import format_run
     from moesim.question import run
+    from moesim.result_formats import check_format, result_files, write_files
     from moesim.timeline import write_timeline
     from moesim.trace.io import read
 
+    if format_ is not None:
+        check_format(format_)
+        if as_json and not output:
+            raise WorkloadError("--json and --format both print; give --format a directory with -o, or leave one out")
     question = _question(
-        model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
+        model, _priced(machine, prices), expert_memory, slots_per_layer, workload, request_rate, burstiness,
+        max_concurrency, max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
     )  # fmt: skip
     if trace is not None:
         routing = read(trace)
@@ -167,9 +182,25 @@ def replay(
         write_timeline(result.records, timeline)
     if output:
         result.save(output)
-    _print(result.summary, format_run(result), as_json)
+    files = result_files(result, format_) if format_ and result.records.requests else {}
+    if output:
+        write_files(files, output)
+    if files and not output:
+        sys.stdout.write(next(iter(files.values())))
+    else:
+        _print(result.summary, format_run(result), as_json)
     if result.summary["status"] in ("OOM", "CACHE_DISABLED", "OVERLOADED"):
         raise typer.Exit(INFEASIBLE)
+
+
+def _priced(machine: str, prices: Path | None) -> Any:
+    """The machine at the user's price, or its name."""
+    if prices is None:
+        return machine
+    from moesim.machine import load_machine, priced
+    from moesim.prices import read_prices
+
+    return priced(load_machine(machine), read_prices(prices))
 
 
 def _drawn(model: str | None, workload: Path | None, requests: int, prompt: int, output: int, seed: int) -> Any:
@@ -247,10 +278,12 @@ def whatif(
     settings: SetOption = None,
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
+    prices: PricesOption = None,
     as_json: JsonOption = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
 ) -> None:
     """What would help most: each resource 10 % better, its next real upgrade, another policy; simulated anew."""
+    from moesim.prices import read_prices
     from moesim.question import compose
     from moesim.trace.io import read
     from moesim.whatif import format_whatif
@@ -260,7 +293,8 @@ def whatif(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
         max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
     )  # fmt: skip
-    result = ask(read(trace), compose(policy, settings or []), question, by / 100, metric)
+    own = read_prices(prices) if prices else None
+    result = ask(read(trace), compose(policy, settings or []), question, by / 100, metric, prices=own)
     _print(result, format_whatif(result), as_json, output)
     if result["base"]["value"] is None:
         raise typer.Exit(INFEASIBLE)

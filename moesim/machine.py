@@ -13,6 +13,7 @@ from typing import Any
 
 from moesim.efficiencies import read_table
 from moesim.errors import MachineError, nearest
+from moesim.prices import NO_PRICES, Prices, shipped_prices
 from moesim.units import GIB, format_size
 
 PROVENANCE = "specification-sheet"
@@ -33,6 +34,7 @@ class Gpu:
     fp4_tflops: float | None = None
     sm: str = ""
     tdp_w: float | None = None
+    idle_w: float | None = None  # drawn while nothing computes; no catalogue row has it
     nvlink_gbps: float | None = None  # one direction
 
 
@@ -74,25 +76,13 @@ class Nvme:
 
 
 @dataclass(frozen=True)
-class Prices:
-    """US dollars per hour and GPU; None where no source was found."""
-
-    usd_per_hour: float | None = None
-    usd_per_hour_low: float | None = None
-    source: str = ""
-
-    @property
-    def known(self) -> float | None:
-        """The usual price, else the lowest seen."""
-        return self.usd_per_hour or self.usd_per_hour_low
-
-
-@dataclass(frozen=True)
 class Machine:
     """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
 
     assumed: what no source states; efficiencies: terms measured on this machine, which then have no band; profile: name
-    or directory of the profile its costs come from, "" for the specification sheet.
+    or directory of the profile its costs come from, "" for the specification sheet; measured_on: the machine as it was
+    when that was measured, where a part has been made faster since; others: whose GPUs stand beside the first, where
+    they are not alike (their hosts count for nothing).
     """
 
     name: str
@@ -104,20 +94,29 @@ class Machine:
     unified: bool = False
     provenance: str = PROVENANCE
     efficiencies: tuple[tuple[str, float], ...] = ()
-    prices: Prices = Prices()
+    prices: Prices = NO_PRICES
     assumed: str = ""
     source: str = ""
     profile: str = ""
+    measured_on: Machine | None = None
+    others: tuple[Machine, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values."""
         return asdict(self)
 
     @property
+    def usd_per_hour(self) -> float | None:
+        """Of all its GPUs; None where no price is known."""
+        return None if self.prices.known is None else self.prices.known * self.gpus
+
+    @property
     def summary(self) -> str:
         """One line: `1 x rtx-4090, 24 GiB at 1008 GB/s; host 128 GiB at 77 GB/s; PCIe 25.5 GB/s`."""
         gpu, host = self.gpu, self.host
-        text = f"{self.gpus} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        text = f"{self.gpus - len(self.others)} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        for other in self.others:
+            text += f" + {other.gpu.name}, {format_size(other.gpu.memory_bytes)} at {other.gpu.hbm_gbps:g} GB/s"
         if self.unified:
             return f"{text}, shared with {host.cores} CPU cores"
         host_text = f"host {format_size(host.memory_bytes)} at {host.dram_gbps:g} GB/s, {host.cores} cores"
@@ -127,11 +126,13 @@ class Machine:
 def load_machine(spec: str | Path) -> Machine:
     """A machine of the catalogue by name or alias, a YAML or JSON file that changes one, or a profile's machine.
 
-    `8xh200` is the host of that machine with eight of its GPUs.
+    `8xh200` is the host of that machine with eight of its GPUs, `rtx-4090+rtx-3090` that of the first with one of each.
 
     Raises MachineError for an unknown name, an unreadable file, or a value that cannot be.
     """
     text = str(spec)
+    if "+" in text and not Path(text).exists():
+        return _unlike([load_machine(one) for one in text.split("+")], text)
     if several := _SEVERAL.match(text):
         gpus, one = int(several[1]), load_machine(several[2])
         if not 1 <= gpus <= MAX_GPUS or one.gpus > 1 or one.unified:
@@ -158,6 +159,15 @@ def load_machine(spec: str | Path) -> Machine:
         raise MachineError(f"machine '{text}': not in the catalogue{hint} (or write a YAML file)")
     machine = known[names[_key(text)]]
     return replace(machine, profile=_shipped_profiles().get(machine.name, ""))
+
+
+def _unlike(machines: list[Machine], text: str) -> Machine:
+    """The first one's host with all their GPUs; those that are as the first are counted, not listed."""
+    ones = [replace(m, gpus=1, name=m.name.removeprefix(f"{m.gpus}x")) for m in machines for _ in range(m.gpus)]
+    if any(m.unified or m.others for m in ones) or len(ones) > MAX_GPUS:
+        raise MachineError(f"machine '{text}': write up to {MAX_GPUS} GPUs of machines with a PCIe link, joined by +")
+    others = tuple(m for m in ones if m != ones[0])
+    return replace(ones[0], name="+".join(m.name for m in machines), gpus=len(ones), others=others)
 
 
 @cache
@@ -220,10 +230,15 @@ def _from_row(row: dict[str, str], host: dict[str, str], links: dict[str, Link])
         pcie=Link(gpu.hbm_gbps) if unified else links[row["link"]],
         nvme=Nvme(float(host["nvme_gbps"])),
         unified=unified,
-        prices=Prices(_number(row["usd_per_hour"]), _number(row["usd_per_hour_low"]), row["price_source"]),
+        prices=shipped_prices().get(row["name"], NO_PRICES),
         assumed=row["assumed"],
         source=row["source"],
     )
+
+
+def priced(machine: Machine, prices: dict[str, Prices]) -> Machine:
+    """`machine` at the price of its name, else of its GPU's, else as it is."""
+    return replace(machine, prices=prices.get(machine.name) or prices.get(machine.gpu.name) or machine.prices)
 
 
 def _number(text: str) -> float | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from moesim.efficiencies import Efficiencies, check_term
 from moesim.errors import MachineError, MoesimError, nearest
 from moesim.machine import PLATFORMS, Machine, Nvme, load_machine
+from moesim.prices import Prices
 from moesim.units import format_size, parse_size
 
 MAX_BYTES, MAX_KEYS = 1 << 16, 100
@@ -36,6 +38,8 @@ def read_machine(path: Path) -> Machine:
 def changed(base: str, settings: dict[str, Any]) -> Machine:
     """A machine of the catalogue with fields changed, by dotted key; it has no profile unless that is one of them."""
     machine = replace(load_machine(base), profile="")
+    if "prices.usd_per_hour" in settings:  # one's own price is not that of the catalogue's source
+        machine = replace(machine, prices=Prices(source="machine file"))
     for key, value in settings.items():
         machine = _set(machine, key, value)
     return _consistent(machine, settings)
@@ -158,6 +162,13 @@ def _name(value: Any) -> str:
     return value
 
 
+def _day(value: Any) -> str:
+    try:
+        return date.fromisoformat(str(value)).isoformat()  # YAML makes a date of it
+    except ValueError:
+        raise ValueError("must be a day such as 2026-11-21") from None
+
+
 def _platform(value: Any) -> str:
     if value not in PLATFORMS:
         raise ValueError(f"must be one of {', '.join(PLATFORMS)}")
@@ -174,6 +185,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "gpu.fp8_tflops": _positive,
     "gpu.fp4_tflops": _positive,
     "gpu.tdp_w": _positive,
+    "gpu.idle_w": _positive,
     "gpu.nvlink_gbps": _positive,
     "host.name": _name,
     "host.platform": _platform,
@@ -190,5 +202,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "nvme.gbps": _positive,
     "nvme.overhead_us": _time,
     "prices.usd_per_hour": _positive,
+    "prices.date": _day,
+    "prices.source": _name,
     "profile": _name,
 }

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.engine.residency import Counts
+from moesim.machine import Machine
 from moesim.records import Records
 from moesim.trace import Trace
 from moesim.transforms.transform import KINDS, Shares, chain, nothing
@@ -55,6 +56,30 @@ def throughput_metrics(records: Records) -> dict[str, Any]:
         "output_throughput": outputs / seconds,
         "total_token_throughput": (inputs + outputs) / seconds,
     }
+
+
+def queue_depth(requests: Mapping[str, NDArray[np.int64]], at: NDArray[np.int64]) -> tuple[Any, Any]:
+    """Requests sent and not yet admitted, and admitted and not yet finished, at each of the times `at` (ns).
+
+    requests: columns `sent`, `admitted` and `finished`.
+    """
+    sent, admitted, finished = (np.searchsorted(np.sort(requests[name]), at, side="right") for name in QUEUE)
+    return sent - admitted, admitted - finished
+
+
+QUEUE = ("sent", "admitted", "finished")
+
+
+def queue_metrics(records: Records) -> dict[str, Any]:
+    """Requests waiting and running by vLLM's names: the mean over the time from the first arrival to the last token,
+    and the most at any time."""
+    times = {name: records.requests.column(name) for name in QUEUE}
+    duration = max(int(times["finished"].max()) - int(records.requests.column("arrival").min()), 1)
+    found: dict[str, Any] = {}
+    for i, (what, begins, ends) in enumerate((("waiting", "sent", "admitted"), ("running", "admitted", "finished"))):
+        found[f"mean_num_requests_{what}"] = float((times[ends] - times[begins]).sum() / duration)
+        found[f"max_num_requests_{what}"] = int(queue_depth(times, times[begins])[i].max())  # it grows only there
+    return found
 
 
 GOODPUT = ("ttft", "tpot", "e2el")
@@ -105,6 +130,40 @@ def cache_metrics(counts: Counts, h2d_bytes: int, d2h_bytes: int, nvme_bytes: in
         "prefetch_precision": counts.prefetch_used_bytes / prefetched if prefetched else None,
         "h2d_bytes_per_token": h2d_bytes / max(tokens, 1),
         "stall_ms_per_token": stall / 1e6 / max(tokens, 1),
+    }
+
+
+def cost_metrics(machine: Machine, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """$ per million tokens at the machine's price per hour, from the first arrival to the last token; None where no
+    price is known. numbers: what `throughput_metrics` returned."""
+    per_second = None if machine.usd_per_hour is None else machine.usd_per_hour / 3600
+    return {
+        f"usd_per_million_{what}tokens": per_second and 1e6 * per_second / numbers[rate]
+        for what, rate in (("output_", "output_throughput"), ("", "total_token_throughput"))
+    }
+
+
+ENERGY = "GPUs x (TDP x seconds it computes + idle power x the other seconds) / output tokens"
+
+
+def busy_share_energy(machine: Machine, busy_ns: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """ENERGY: joules of the GPUs per output token by the TDP of the specification; no host, no cooling.
+
+    TDP is the most a GPU draws in the long run, so an upper estimate of its computing; idle power that is not known
+    counts as 0, a lower one of its waiting. None where no TDP is known.
+    """
+    gpu, seconds = machine.gpu, numbers["duration_s"]
+    busy = min(busy_ns / 1e9, seconds)
+    joules = None
+    if gpu.tdp_w is not None:
+        joules = machine.gpus * (gpu.tdp_w * busy + (gpu.idle_w or 0.0) * (seconds - busy))
+        joules /= max(numbers["total_output_tokens"], 1)
+    return {
+        "joules_per_output_token": joules,
+        "formula": ENERGY,
+        "tdp_w": gpu.tdp_w,
+        "idle_w": gpu.idle_w,
+        "busy_share": busy / seconds,
     }
 
 

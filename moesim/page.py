@@ -23,7 +23,7 @@ def format_run(run: Run) -> str:
     if "devices" in s:
         lines.append(_device_line(s["devices"]))
     if m:
-        lines += ["", *_speed_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
+        lines += ["", *_speed_lines(s), *_cost_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
     lines += ["", *_memory_lines(s["memory"])]
     lines += [f"note: {note}" for note in s["notes"]]
     return "\n".join(lines)
@@ -51,10 +51,39 @@ def _speed_lines(s: dict[str, Any]) -> list[str]:
         if m[f"mean_{name}_ms"] is not None:
             values = (m[f"mean_{name}_ms"], *(m[f"p{p}_{name}_ms"] for p in (50, 90, 99)))
             lines.append(f"  {name.upper():8}" + "".join(f"{value:10.4g}" for value in values))
+    if m.get("max_num_requests_waiting"):
+        lines.append(
+            f"queue         {m['mean_num_requests_waiting']:.4g} requests waiting on average, at most "
+            f"{m['max_num_requests_waiting']}; {m['mean_num_requests_running']:.4g} running, at most "
+            f"{m['max_num_requests_running']}"
+        )
     if "slo_attainment" in m:
         kept = ", ".join(f"{name} {share:.1%}" for name, share in m["slo_attainment_by_slo"].items())
         lines.append(
             f"goodput       {m['request_goodput']:.4g} requests/s keep every SLO, {m['slo_attainment']:.1%} ({kept})"
+        )
+    return lines
+
+
+def _cost_lines(s: dict[str, Any]) -> list[str]:
+    """$ and joules per token, with what they rest on; also of summaries that older versions wrote."""
+    if "price" not in s:
+        return []
+    m, price, energy = s["metrics"], s["price"], s["energy"]
+    if price["usd_per_hour"] is None:
+        lines = [f"price         none: {price['source']}"]
+    else:
+        read = f", {price['date']}" if price["date"] else ""
+        lines = [
+            f"price         ${m['usd_per_million_output_tokens']:.3g} per million output tokens, "
+            f"${m['usd_per_million_tokens']:.3g} per million of all, at ${price['usd_per_hour']:.4g} per hour "
+            f"({price['source']}{read})"
+        ]
+    if m["joules_per_output_token"] is not None:
+        idle = "idle power not known, taken as 0" if energy["idle_w"] is None else f"{energy['idle_w']:g} W else"
+        lines.append(
+            f"energy        {m['joules_per_output_token']:.3g} J per output token: {energy['tdp_w']:g} W (TDP of the "
+            f"specification) while a GPU computes, {energy['busy_share']:.1%} of the time; {idle}; without the host"
         )
     return lines
 

@@ -215,6 +215,38 @@ def value_bars(title: str, what: str, values: Mapping[str, float]) -> Figure:
     return figure
 
 
+def tornado(metric: str, gains: Sequence[tuple[str, float, float, float]]) -> Figure:
+    """(change, gain, P10, P90), each gain a share, as bars with their range, in the order given from the top."""
+    figure = _figure(f"What would help most: gain in {metric}", "gain (%), P10 to P90", "")
+    labels, middle, low, high = zip(*gains, strict=True) if gains else ((), (), (), ())
+    figure.add_bar(
+        x=[100 * x for x in middle], y=labels, orientation="h",
+        marker={"color": [BLUE if x >= 0 else ORANGE for x in middle]},
+        error_x={
+            "type": "data", "symmetric": False, "color": GREY,
+            "array": [100 * (b - a) for a, b in zip(middle, high, strict=True)],
+            "arrayminus": [100 * (a - b) for a, b in zip(middle, low, strict=True)],
+        },
+        hovertemplate="%{y}: %{x:+.2f} %<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category", ticks="")
+    figure.update_layout(height=160 + 32 * len(gains))
+    return figure
+
+
+def speed_for_each_user(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Figure:
+    """(tok/s of one user, tok/s of all on log axes, label) by group, such as what no other beats and the rest."""
+    figure = _figure("Speed of one user against that of all", "output tok/s of one user", "output tok/s of all")
+    for (name, found), colour in zip(points.items(), itertools.cycle(_SERIES)):
+        figure.add_scatter(
+            x=[p[0] for p in found], y=[p[1] for p in found], text=[p[2] for p in found], name=name, mode="markers",
+            marker={"color": colour, "size": 11}, hovertemplate="%{text}<br>%{x:.4g} for one, %{y:.4g} for all",
+        )  # fmt: skip
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(type="log")
+    return figure
+
+
 def stacked_memory(tiers: Mapping[str, Mapping[str, int]]) -> Figure:
     """Every tier's memory as shares of the whole, entry by entry, in bytes."""
     figure = _figure("Where every byte goes", "share of the tier (%)", "")
@@ -255,6 +287,15 @@ def steps_over_time(at: Floats, low: Floats, middle: Floats, high: Floats) -> Fi
         fillcolor=_LIGHT_BLUE, line={"width": 0}, hoverinfo="skip",
     )  # fmt: skip
     figure.add_scatter(x=at, y=middle, name="median", mode="lines", line={"color": BLUE, "width": 2})
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def queue_over_time(at: Floats, waiting: Floats, running: Floats) -> Figure:
+    """Requests waiting to be admitted, and in service, over the time steps start, s: the most of each stretch."""
+    figure = _figure("Requests over time", "simulated time (s)", "requests")
+    for name, values, colour in (("waiting", waiting, ORANGE), ("running", running, BLUE)):
+        figure.add_scatter(x=at, y=values, name=name, mode="lines", line={"color": colour, "width": 2, "shape": "hv"})
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -304,7 +345,7 @@ def _figure(title: str, x: str, y: str) -> Figure:
     figure = PlotlyFigure()
     figure.update_layout(
         title={"text": title, "x": 0.02}, template="plotly_white", height=420, font={"size": 13},
-        margin={"l": 70, "r": 20, "t": 60, "b": 100}, legend={"orientation": "h", "y": -0.22, "yanchor": "top"},
+        margin={"l": 70, "r": 20, "t": 60, "b": 110}, legend={"orientation": "h", "y": -0.28, "yanchor": "top"},
         hovermode="closest",
     )  # fmt: skip
     figure.update_xaxes(title=x, showline=True, linecolor="#888", ticks="outside", automargin=True)

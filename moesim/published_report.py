@@ -73,7 +73,7 @@ def _regime_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _band_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for basis, covered in result["covered"].items():
         fits = [band for band in result["bands"] if band["basis"] == basis]
         whole = next((f"{b['costs']:g}", f"{b['own']:g}") for b in fits if not b["without"]) if fits else ("", "")

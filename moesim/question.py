@@ -5,22 +5,23 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesim import __version__, metrics
 from moesim.costs.fitted import Fitted, costs_of
 from moesim.costs.roofline import Roofline
-from moesim.costs.shard import shard
+from moesim.costs.shard import slices
 from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
-from moesim.errors import MemoryBudgetError, PolicyError, WorkloadError, nearest
+from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
-from moesim.memory import Ledger, plan_memory
+from moesim.memory import Ledger, largest_expert, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
 from moesim.policies.own import is_own
@@ -31,6 +32,9 @@ from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
 from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
 from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 ENOUGH = 20  # requests below which a queue says nothing about load
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
@@ -91,8 +95,34 @@ class Run:
     request_ids: tuple[str, ...]
 
     def to_pandas(self, table: str = "requests") -> Any:
-        """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns."""
-        return getattr(self.records, table).to_arrow().to_pandas()
+        """`requests`, `steps`, and with detail also `layers`, `transfers` and `kernels`; times in ns.
+
+        `steps` has the requests waiting and running when each began.
+        """
+        return self._table(table).to_pandas()
+
+    def _table(self, name: str) -> Any:
+        """An Arrow table."""
+        table = getattr(self.records, name).to_arrow()
+        if name == "steps" and len(self.records.requests):
+            times = self._columns("requests", metrics.QUEUE)
+            depths = metrics.queue_depth(times, self.records.steps.column("start"))
+            for column, depth in zip(("waiting", "running"), depths, strict=True):
+                table = table.append_column(column, [depth])
+        return table
+
+    def plot(self, what: str = "latency") -> Figure:
+        """A plotly figure: `critical path`, `anchors`, `memory`, `latency`, `steps`, `queue`; with detail `layers`."""
+        from moesim.run_figures import figures_of
+
+        found = dict(figures_of(self.summary, self._columns))
+        if what not in found:
+            raise MoesimError(f"plot '{what}': this run has {', '.join(found)}{nearest(what, found)}")
+        return found[what]
+
+    def _columns(self, table: str, names: tuple[str, ...]) -> dict[str, Any]:
+        rows = getattr(self.records, table)
+        return {name: rows.column(name) for name in names} if len(rows) else {}
 
     def save(self, directory: Path) -> None:
         """summary.json and one Parquet file per table; no table, nor one of an older run, where nothing was served."""
@@ -104,7 +134,7 @@ class Run:
                 (directory / f"{name}.parquet").unlink(missing_ok=True)
                 continue
             with atomic(directory / f"{name}.parquet") as temporary:
-                pq.write_table(getattr(self.records, name).to_arrow(), temporary, compression="zstd")
+                pq.write_table(self._table(name), temporary, compression="zstd")
 
 
 class Scene:
@@ -170,14 +200,21 @@ class Scene:
         The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
         as many as do, since the engine admits requests by KV memory.
         """
-        q = self.question
-        together = min(self.concurrency, len(self.workload.requests))
-        sequences = min(-(-together // self._apart(system)), q.max_num_seqs)
+        sequences = self._together(system)
         ledger = self._ledger(system, sequences)
         while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
             sequences = -(-sequences // 2)
             ledger = self._ledger(system, sequences)
         return ledger
+
+    def wanted(self, system: System) -> Ledger:
+        """With the KV caches of all sequences that may be in service, whether they fit or not."""
+        return self._ledger(system, self._together(system))
+
+    def _together(self, system: System) -> int:
+        """Sequences that one GPU, or all that share their KV caches, may serve at once."""
+        together = min(self.concurrency, len(self.workload.requests))
+        return min(-(-together // self._apart(system)), self.question.max_num_seqs)
 
     def _step_tokens(self, sequences: int) -> int:
         """The most tokens one step can hold: every sequence decodes, and prompts or chunks fill the budget."""
@@ -188,20 +225,39 @@ class Scene:
 
     def _ledger(self, system: System, sequences: int) -> Ledger:
         """Of one GPU that serves so many sequences."""
-        q, requests, parallel, gpus = self.question, self.workload.requests, system.parallel, self.machine.gpus
+        parallel, gpus = system.parallel, self.machine.gpus
         model, held = self._served(system), None
         if gpus > 1:
             if not system.all_resident:
                 raise PolicyError(
                     f"{system.name} on {self.machine.name}: an expert cache needs a machine with one GPU; several take "
-                    "all-resident or EPLB"
+                    "all-resident, EPLB or HEXA-MoE"
                 )
-            tensor = parallel.attention == "tensor"
-            model = shard(model, gpus, tensor, parallel.experts == "tensor")
-            held = model.experts if parallel.experts == "tensor" else parallel.slots(model.experts, gpus) // gpus
+            held = model.experts if parallel.sliced else parallel.slots(model.experts, gpus) // gpus
+        plans = [self._plan(system, sequences, *part, held) for part in self._parts(system, model)]
+        return min(plans, key=lambda plan: plan.gpu["free"])
+
+    def _parts(self, system: System, model: Model) -> list[tuple[Machine, Model]]:
+        """(machine with its GPU, its slice of the model) of each GPU that is unlike those before it."""
+        machine, parallel = self.machine, system.parallel
+        if machine.gpus == 1:
+            return [(machine, model)]
+        costs = [self.costs(graph=system.graph)] * (machine.gpus - len(machine.others)) + self._others(
+            graph=system.graph
+        )
+        _, models = slices(model, costs, parallel.shares, parallel.attention == "tensor", parallel.sliced)
+        gpus = [machine.gpu] * (machine.gpus - len(machine.others)) + [other.gpu for other in machine.others]
+        return list(dict.fromkeys((replace(machine, gpu=g), m) for g, m in zip(gpus, models, strict=True)))
+
+    def _plan(self, system: System, sequences: int, machine: Machine, model: Model, held: int | None) -> Ledger:
+        """Of one GPU. One that gathers experts keeps room for a whole layer of them."""
+        q, requests = self.question, self.workload.requests
+        scratch = system.scratch_slots(self.trace.top_k, self.trace.info.experts)
+        if machine.gpus > 1 and system.parallel.gathers:
+            scratch = -(-model.experts * largest_expert(self._served(system)) // largest_expert(model))
         return plan_memory(
             model,
-            self.machine,
+            machine,
             expert_memory=None if system.all_resident or not system.cache else q.expert_memory,
             slots_per_layer=None if system.all_resident or not system.cache else q.slots_per_layer,
             max_sequences=sequences,
@@ -209,7 +265,7 @@ class Scene:
             max_batch_tokens=self._step_tokens(sequences),
             all_resident=system.all_resident,
             cache=system.cache,
-            scratch_experts=system.scratch_slots(self.trace.top_k, self.trace.info.experts),
+            scratch_experts=scratch,
             experts_held=held,
         )
 
@@ -224,11 +280,21 @@ class Scene:
             self._costs[key] = costs_of(self.machine, *key)
         return self._costs[key]
 
+    def _others(self, scale: str = "default", graph: bool = True) -> list[Roofline]:
+        """Costs of the GPUs that are unlike the first."""
+        return [costs_of(other, scale, graph) for other in self.machine.others]
+
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
         costs = self.costs(scale, system.graph, system.repacked)
-        # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
-        offloaded = not system.all_resident and system.misses.rule != "host"
+        pinned = system.placement.pinned and ledger.expert_bytes >= self._served(system).total_expert_bytes
+        held = system.all_resident or pinned  # nothing is ever absent
+        changing = system.cache and not system.placement.pinned
+
+        def offloaded(prompts: bool, tokens: int) -> bool:
+            # Where absent experts run on the CPU, the hand-off brings the routing down; only a changing cache asks too.
+            return not held and (changing or system.misses.rule_of(prompts, tokens) != "host")
+
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)
@@ -251,6 +317,10 @@ class Scene:
             host_bytes=ledger.host_expert_bytes,
             seed=q.seed,
             gpus=self.machine.gpus,
+            others=tuple(
+                CostTable(self._served(system), one.machine, one, offloaded, system.kernel)
+                for one in self._others(scale, system.graph)
+            ),
         )
 
     def _apart(self, system: System) -> int:
@@ -268,6 +338,10 @@ def _workload(trace: Trace, q: Question) -> Workload:
     if q.num_prompts is not None:
         workload = first(workload, q.num_prompts)
     if q.request_rate is not None:
+        if q.workload and any(r.arrival_ns for r in workload.requests):
+            raise WorkloadError(
+                f"--workload {q.workload} brings its own arrivals; leave out --request-rate {q.request_rate:g}"
+            )
         workload = with_arrivals(workload, q.request_rate, q.burstiness, q.seed)
     return workload if q.slo_ms is None else with_slo(workload, q.slo_ms)
 
@@ -329,14 +403,22 @@ def predict_band(
     if not _runs(system, ledger):
         return ledger.verdict, [], ledger.reason
     beliefs = system.predictor.predict(scene.trace, question.seed)
-    outcome = _simulate(scene, system, ledger, beliefs=beliefs)
-    limit = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)["explanation"]
-    found = [_numbers(outcome)]
+    middle, *ends = _banded(scene, system, ledger, beliefs)
+    limit = _limits(middle)["explanation"]
+    return ledger.verdict, [_numbers(outcome) for outcome in (middle, *ends)], limit
+
+
+def _banded(scene: Scene, system: System, ledger: Ledger, beliefs: tuple[Beliefs, ...]) -> Iterator[Outcome]:
+    """With every cost as expected, then each resource's costs at their slow and at their fast end."""
+    yield _simulate(scene, system, ledger, beliefs=beliefs)
     for varied in _varied(scene):
         for scale, one in zip(("low", "high"), varied, strict=True):
             at = scale if one is scene else "default"
-            found.append(_numbers(_simulate(one, system, ledger, scale=at, beliefs=beliefs)))
-    return ledger.verdict, found, limit
+            yield _simulate(one, system, ledger, scale=at, beliefs=beliefs)
+
+
+def _limits(outcome: Outcome) -> dict[str, Any]:
+    return metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
 
 
 def _varied(scene: Scene) -> list[tuple[Scene, Scene]]:
@@ -395,6 +477,10 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
     if scene.question.goodput:
         tasks = [r.task for r in scene.workload.requests]
         numbers |= metrics.goodput_metrics(outcome.records, dict(scene.question.goodput), tasks)
+    machine = scene.machine
+    energy = metrics.busy_share_energy(machine, outcome.busy_ns["gpu"], numbers)
+    numbers |= metrics.queue_metrics(outcome.records) | metrics.cost_metrics(machine, numbers)
+    numbers["joules_per_output_token"] = energy.pop("joules_per_output_token")
     altered = scene.altered(system)
     status, reason = _status(scene, system, ledger, outcome, numbers)
     extrapolated, _ = _beyond(scene)
@@ -410,7 +496,13 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
             scene.given[1], scene.trace, scene.workload, outcome.counts, altered
         ),
         "published_quality": system.quality and asdict(system.quality),
-        "bottleneck": metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns),
+        "bottleneck": _limits(outcome),
+        "price": {
+            "usd_per_hour": machine.usd_per_hour,
+            "date": machine.prices.date,
+            "source": machine.prices.source or "no price is known; --prices FILE gives one",
+        },
+        "energy": energy,
         "memory": ledger.to_dict() | {"peak_resident_expert_bytes": outcome.peak_resident_bytes},
     }
     if outcome.devices:
@@ -487,6 +579,11 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
             "tokens": trace.tokens,
         },
         "model": asdict(scene.given[0]),
+        "model_size": {
+            "params": scene.given[0].total_params,
+            "bytes": scene.given[0].total_bytes,
+            "expert_bytes": scene.given[0].total_expert_bytes,
+        },
         "machine": scene.machine.to_dict(),
         "costs": scene.costs().label,
         "system": system.parts(),
@@ -597,20 +694,20 @@ def _sample(scene: Scene) -> Scene:
 
 
 def on_sample(
-    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], scale: str = "default"
-) -> dict[str, Any]:
-    """Metrics, and `critical_path`, of the leading requests anchors are measured on; empty where memory is too small.
-
-    scale: `low` and `high` take every cost at the slow and at the fast end of its band.
-    """
+    trace: Trace, system: System, question: Question, beliefs: tuple[Beliefs, ...], advance: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Metrics, and `critical_path`, of the leading requests anchors are measured on, as `predict_band` orders them;
+    empty where memory is too small. `advance` is called after each."""
     scene = _sample(Scene(trace, question).under(system))
     ledger = scene.ledger(system)
     if not _runs(system, ledger):
-        return {}
-    outcome = _simulate(scene, system, ledger, scale=scale, beliefs=beliefs)
-    limits = metrics.bottleneck(outcome.counts, outcome.idle_ns, outcome.busy_ns, outcome.elapsed_ns)
-    requests = len(scene.workload.requests)
-    return _numbers(outcome) | {"requests": requests, "critical_path": limits["critical_path"]}
+        return []
+    found = []
+    for outcome in _banded(scene, system, ledger, beliefs):
+        own = {"requests": len(scene.workload.requests), "critical_path": _limits(outcome)["critical_path"]}
+        found.append(_numbers(outcome) | own)
+        advance()
+    return found
 
 
 def anchor(scene: Scene, name: str) -> dict[str, Any]:
@@ -619,9 +716,12 @@ def anchor(scene: Scene, name: str) -> dict[str, Any]:
     system = load_system(name)
     try:
         ledger = scene.ledger(system)
-        if not system.all_resident and not _runs(system, ledger):
+        fits = ledger.verdict != "OOM"
+        if not fits and system.all_resident:
+            ledger = scene.wanted(system)  # as if the memory were there for the KV caches too
+        elif not _runs(system, ledger):
             return {"error": f"{ledger.verdict}: {ledger.reason}"}
-        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": ledger.verdict != "OOM"}
+        return _brief(_numbers(_simulate(scene, system, ledger))) | {"fits": fits}
     except (MemoryBudgetError, PolicyError) as error:
         return {"error": str(error)}
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from moesim.files import atomic
+from moesim.metrics import QUEUE, queue_depth
 from moesim.records import KERNELS, KINDS, LINKS, Records
 
 TRACKS = ("GPU", "copy to GPU", "copy to host", "NVMe reads", "CPU experts", "requests")
 
 
 def write_timeline(records: Records, path: Path) -> None:
-    """One track per resource, counters for batch size and KV cache, one slice per request."""
+    """One track per resource, counters for batch size, KV cache and queue, one slice per request."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         for i, event in enumerate(_events(records)):
@@ -38,9 +39,19 @@ def _events(records: Records) -> Iterator[dict[str, Any]]:
         for phase, at in (("b", admitted), ("e", finished)):
             yield {"ph": phase, "cat": "request", "name": f"request {request}", "id": request, "pid": 1,
                    "tid": len(TRACKS) - 1, "ts": at / 1e3}  # fmt: skip
+    for at, waiting, running in _queue(records):
+        args = {"waiting": waiting, "running": running}
+        yield {"ph": "C", "name": "requests", "pid": 1, "ts": at / 1e3, "args": args}
     for start, sequences, kv in _rows(records.steps, "start", "sequences", "kv_bytes"):
         yield {"ph": "C", "name": "sequences", "pid": 1, "ts": start / 1e3, "args": {"batch": sequences}}
         yield {"ph": "C", "name": "KV cache", "pid": 1, "ts": start / 1e3, "args": {"bytes": kv}}
+
+
+def _queue(records: Records) -> Iterator[tuple[int, ...]]:
+    """Requests waiting and running as each step starts."""
+    times = {name: records.requests.column(name) for name in QUEUE}
+    at = records.steps.column("start")
+    return zip(at.tolist(), *(depth.tolist() for depth in queue_depth(times, at)), strict=True)
 
 
 def _rows(table: Any, *names: str) -> Iterator[tuple[int, ...]]:

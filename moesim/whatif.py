@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moesim.efficiencies import SCALES, read_table
+from moesim.efficiencies import RESOURCES, read_table
 from moesim.errors import PolicyError, WorkloadError, nearest
-from moesim.machine import Machine, catalogue, load_machine
+from moesim.machine import Machine, catalogue, load_machine, priced
 from moesim.output import progress
 from moesim.policies.eviction import Eviction
 from moesim.policies.own import is_own
 from moesim.prediction import Oracle
+from moesim.prices import Prices
+from moesim.published import band
 from moesim.question import Question, on_sample, predict
 from moesim.systems import System
 from moesim.trace import Trace
@@ -40,13 +42,15 @@ class Change:
 
 def whatif(
     trace: Trace, system: System, question: Question, by: float = 0.1, metric: str = "output_throughput",
-    shown: bool = True,
+    shown: bool = True, prices: dict[str, Prices] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`base` and `changes`, those that gain most first, on the leading requests that anchors are measured on too.
 
-    Every change is simulated anew with everything drawn alike, at the middle and at both ends of the cost band. A
-    gain is relative: 0.05 is 5 % more tok/s, or 5 % more speed where the metric is a time. `significant`: it is a gain,
-    or a loss, at all three. Raises WorkloadError and PolicyError where the question makes no sense.
+    Every change is simulated anew with everything drawn alike, in the middle of the costs and with each resource's at
+    both ends of its band, the same for base and change, so that what they share drops out. A gain is relative: 0.05 is
+    5 % more tok/s, or 5 % more speed where the metric is a time. `significant`: from P10 to P90 it is a gain, or a
+    loss. prices: in place of those that come with moesim. Raises WorkloadError and PolicyError where the question
+    makes no sense.
     """
     if metric not in METRICS:
         raise WorkloadError(f"--metric '{metric}': unknown{nearest(metric, METRICS)}")
@@ -55,11 +59,13 @@ def whatif(
     if is_own(system.predictor):
         raise PolicyError(f"whatif runs a system many times, but {system.own_names} may remember; name a built-in one")
     machine = question.machine if isinstance(question.machine, Machine) else load_machine(question.machine)
-    sheet = replace(question, machine=replace(machine, profile=""))
+    machine = priced(machine, prices or {})
+    asked = replace(question, machine=replace(machine, measured_on=machine) if machine.profile else machine)
     beliefs = predict(trace, system, question)
-    changes = [*_scaled(sheet, system, by), *_upgrades(sheet, system), *_policies(sheet, system, beliefs)]
-    with progress("what-ifs", 3 * (1 + len(changes)), shown) as advance:
-        base = _values(trace, Change("base", "", "", sheet, system), metric, beliefs, advance)
+    changes = [*_scaled(asked, system, by), *_upgrades(asked, system, prices or {}), *_policies(asked, system, beliefs)]
+    runs = 1 + 2 * len(RESOURCES) + (2 if machine.profile else 0)
+    with progress("what-ifs", runs * (1 + len(changes)), shown) as advance:
+        base = _values(trace, Change("base", "", "", asked, system), metric, beliefs, advance)
         if base["value"] is None:
             if base["requests"]:
                 raise WorkloadError(f"--metric {metric}: no request has more than one output token; choose another")
@@ -73,7 +79,7 @@ def whatif(
         "metric": metric,
         "system": system.name,
         "machine": machine.to_dict(),
-        "usd_per_hour": _price(machine),
+        "usd_per_hour": machine.usd_per_hour,
         "base": base,
         "changes": rows,
         "notes": _notes(trace, machine, question, system),
@@ -81,15 +87,13 @@ def whatif(
 
 
 def _values(trace: Trace, change: Change, metric: str, beliefs: Any, advance: Any) -> dict[str, Any]:
-    """The metric in the middle and at both ends of the cost band, and where the critical path goes in the middle."""
-    found: dict[str, dict[str, Any]] = {}
-    for scale in SCALES:
-        found[scale] = on_sample(trace, change.system, change.question, beliefs, scale)
-        advance()
-    middle = found["default"]
+    """The metric and where the critical path goes in the middle of the costs, and the metric at the ends of each
+    resource's."""
+    found = on_sample(trace, change.system, change.question, beliefs, advance)
+    middle = found[0] if found else {}
     return {
         "value": middle.get(metric),
-        "at": {scale: numbers.get(metric) for scale, numbers in found.items()},
+        "ends": [numbers.get(metric) for numbers in found[1:]],
         "requests": middle.get("requests"),
         "critical_path": middle.get("critical_path"),
     }
@@ -98,19 +102,26 @@ def _values(trace: Trace, change: Change, metric: str, beliefs: Any, advance: An
 def _row(change: Change, base: dict[str, Any], values: dict[str, Any], metric: str) -> dict[str, Any]:
     row: dict[str, Any] = {"resource": change.resource, "what": change.what, "kind": change.kind}
     row |= {"value": values["value"], "critical_share": base["critical_path"].get(change.cause)}
-    row |= {"gain": None, "gain_over_band": None, "significant": False}
+    row |= {"gain": None, "gain_p10_p90": None, "significant": False}
     if values["value"]:
-        ratios = [values["at"][scale] / base["at"][scale] for scale in ("default", "low", "high")]
-        gains = [(ratio if METRICS[metric] else 1 / ratio) - 1 for ratio in ratios]
-        low, high = min(gains), max(gains)
-        row |= {"gain": gains[0], "gain_over_band": [low, high]}
+        sign = 1 if METRICS[metric] else -1
+        pairs = zip([values["value"], *values["ends"]], [base["value"], *base["ends"]], strict=True)
+        gain, *ends = [(changed / before) ** sign - 1 for changed, before in pairs]
+        low, high = _gain_band(gain, ends)
+        row |= {"gain": gain, "gain_p10_p90": [low, high]}
         row["significant"] = low > NOTHING or high < -NOTHING
-    row["usd_per_hour"] = _price(change.question.machine) if change.kind == "upgrade" else None
+    row["usd_per_hour"] = _machine(change.question).usd_per_hour if change.kind == "upgrade" else None
     return row
 
 
-def _price(machine: Any) -> float | None:
-    return machine.prices.known
+def _gain_band(gain: float, ends: list[float]) -> tuple[float, float]:
+    """P10 and P90: as any prediction's where no end turns a gain into a loss, else the ends' differences as squares."""
+    sign = math.copysign(1.0, gain)
+    if all(end * sign > 0 for end in ends):
+        low, high = sorted(sign * end for end in band(abs(gain), [abs(end) for end in ends]))
+        return low, high
+    down, up = (math.sqrt(sum((end - gain) ** 2 for end in ends if (end - gain) * side > 0)) for side in (-1, 1))
+    return gain - down, gain + up
 
 
 # -- what may be changed ------------------------------------------------------------------------------------------
@@ -160,7 +171,7 @@ def _more_memory(question: Question, system: System, more: float, text: str) -> 
     return Change("GPU memory", text, "scaled", asked, system)
 
 
-def _upgrades(question: Question, system: System) -> Iterator[Change]:
+def _upgrades(question: Question, system: System, prices: dict[str, Prices]) -> Iterator[Change]:
     """The next link, a second drive, twice the host memory, the next host and the next GPU of the catalogue."""
     m = _machine(question)
 
@@ -180,7 +191,7 @@ def _upgrades(question: Question, system: System) -> Iterator[Change]:
         what = f"twice: {size / GIB:.0f} GiB"
         yield changed("host memory", what, replace(m, host=replace(m.host, memory_bytes=size)), "nvme")
         yield from _next_host(question, system)
-    yield from _next_gpu(question, system)
+    yield from _next_gpu(question, system, prices)
 
 
 def _next_host(question: Question, system: System) -> Iterator[Change]:
@@ -194,7 +205,7 @@ def _next_host(question: Question, system: System) -> Iterator[Change]:
         yield Change("host", what, "upgrade", replace(question, machine=replace(m, host=host)), system)
 
 
-def _next_gpu(question: Question, system: System) -> Iterator[Change]:
+def _next_gpu(question: Question, system: System, prices: dict[str, Prices]) -> Iterator[Change]:
     """The GPU of the catalogue that is better in memory or its bandwidth and worse in nothing, by the least step.
 
     It keeps this machine's host and link.
@@ -213,7 +224,7 @@ def _next_gpu(question: Question, system: System) -> Iterator[Change]:
     ]  # fmt: skip
     if better:
         other = min(better, key=lambda x: math.prod(a / b for a, b in zip(worth(x), own, strict=True)))
-        machine = replace(m, gpu=other.gpu, prices=other.prices)
+        machine = replace(m, gpu=other.gpu, prices=priced(other, prices).prices)
         what = f"{other.name}: {other.gpu.memory_bytes / GIB:.0f} GiB at {other.gpu.hbm_gbps:g} GB/s"
         yield Change("GPU", what, "upgrade", replace(question, machine=machine), system)
 
@@ -246,8 +257,8 @@ def _notes(trace: Trace, machine: Machine, question: Question, system: System) -
         notes.append("synthetic routing: the trace was drawn, not recorded")
     if machine.profile:
         notes.append(
-            "measured curves cannot be made faster: all runs, the base too, take the specification sheet and not the "
-            f"profile {machine.profile}"
+            f"measured curves ({machine.profile}): their bytes and operations were made faster as the part was, their "
+            "fixed costs were not"
         )
     if question.request_rate is None:
         return notes
@@ -255,7 +266,7 @@ def _notes(trace: Trace, machine: Machine, question: Question, system: System) -
 
 
 def format_whatif(result: dict[str, Any]) -> str:
-    """A tornado in text: what gains most first, with its range over the cost band."""
+    """A tornado in text: what gains most first, with P10 to P90."""
     base, metric = result["base"], result["metric"]
     if base["value"] is None:
         return "the base does not run: memory is too small; 'moesim replay' says what lacks"
@@ -269,9 +280,9 @@ def format_whatif(result: dict[str, Any]) -> str:
     ]
     wide = max(len(f"{row['resource']}: {row['what']}") for row in result["changes"])
     top = max((abs(row["gain"]) for row in result["changes"] if row["gain"] is not None), default=0) or 1
-    lines.append(f"{'change':{wide}} {metric:>18}   gain      over the cost band")
+    lines.append(f"{'change':{wide}} {metric:>18}   gain          P10 to P90")
     lines += [_line(row, wide, top) for row in result["changes"]]
-    lines += ["", "(=) no difference that holds over the whole cost band"] if _unsure(result) else []
+    lines += ["", "(=) no difference that holds from P10 to P90"] if _unsure(result) else []
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
@@ -283,7 +294,7 @@ def _line(row: dict[str, Any], wide: int, top: float) -> str:
     name = f"{row['resource']}: {row['what']}"
     if row["gain"] is None:
         return f"{name:{wide}} {'does not run':>18}"
-    low, high = row["gain_over_band"]
+    low, high = row["gain_p10_p90"]
     bar = ("-" if row["gain"] < 0 else "#") * round(20 * abs(row["gain"]) / top)
     mark = "" if row["significant"] else "(=)"
     price = f"  ${row['usd_per_hour']:.2f}/h" if row["usd_per_hour"] and row["resource"] == "GPU" else ""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moesim.errors import WorkloadError
 from moesim.trace import Requests, Trace
-from moesim.workload_files import MAX_SECONDS, read_rows
+from moesim.workload_files import CHARACTERS, MAX_SECONDS, read_rows
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ def read_workload(path: Path, trace: Trace, seed: int) -> Workload:
     own = from_trace(trace).requests
     by_name = {r.request_id: r for r in own}
     rng = np.random.default_rng([seed, 0x10B])
-    requests, drawn = [], 0
+    requests, drawn, counted = [], 0, True
     pools: dict[str, tuple[_Pieces, _Pieces]] = {}
     for row in read_rows(path):
+        counted &= row.counted
         name = row.request_id or f"{path.stem}-{row.line}"
         if name in by_name:
             prefill, decode = _recorded(path, row.line, by_name[name], row.prompt, row.output)
@@ -127,6 +128,8 @@ def read_workload(path: Path, trace: Trace, seed: int) -> Workload:
         again = next(name for i, name in enumerate(names) if name in names[:i])
         raise WorkloadError(f"{path}: request_id '{again}' appears twice; ids must be unique")
     routing = f"{drawn} of {len(requests)} requests drawn from the trace" if drawn else "as recorded"
+    if not counted:
+        routing += f"; lengths estimated: a token for every {CHARACTERS} characters"
     return Workload(tuple(requests), f"from {path.name}", routing)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import fields
 
 import pytest
@@ -18,6 +20,8 @@ from hypothesis import strategies as st
 from moesim.dashboard.jobs import start
 from moesim.dashboard.state import EXAMPLES, MAX_BYTES, Asked, Files, from_query, to_query, words
 from moesim.errors import MoesimError
+from moesim.machine import load_machine
+from moesim.profile import SHIPPED as SHIPPED_PROFILES
 from tests.conftest import ROOT
 
 TRACES = ROOT / "traces"
@@ -27,7 +31,8 @@ QUICK = {"trace": "tiny-moe-8x16.parquet", "slots": "8", "prompts": "3"}
 counts = st.none() | st.integers(1, 5000)
 asked = st.builds(
     Asked, st.sampled_from(["", "a.parquet"]), st.sampled_from(["", "mixtral-8x7b", "ü x&y"]), st.just("8xh200"),
-    st.sampled_from(["LRU", "LRU(scope='global')"]), counts, counts, st.none() | st.floats(0.01, 900), counts,
+    st.sampled_from(["LRU", "LRU(scope='global')"]), st.sampled_from(["", "misses.rule=host; predictor=none"]),
+    counts, counts, st.none() | st.floats(0.01, 900), counts,
     st.integers(1, 999), st.integers(2, 999), st.none() | st.floats(0.01, 9e4), st.none() | st.floats(0.01, 9e4),
     st.integers(0, 99),
 )  # fmt: skip
@@ -46,7 +51,8 @@ def test_a_bad_address_is_noted_and_the_default_taken():
 def test_every_control_reaches_the_command(tmp_path):
     files = Files(None, tmp_path)
     default = words(Asked(), files)
-    changed = {"model": "mixtral-8x7b", "machine": "h200", "policy": "LFU", "slots": 3, "users": 4, "rate": 2.5,
+    changed = {"model": "mixtral-8x7b", "machine": "h200", "policy": "LFU", "set": "misses.rule=host", "slots": 3,
+               "users": 4, "rate": 2.5,
                "prompts": 7, "input": 9, "output": 8, "ttft": 100.0, "tpot": 10.0, "seed": 5}  # fmt: skip
     assert {"trace", *changed} == {f.name for f in fields(Asked)}
     for name, value in changed.items():
@@ -68,6 +74,42 @@ def test_files_of_the_server_are_not_for_the_asking(tmp_path):
     assert not any((tmp_path / "uploads").iterdir())
     name = files.add("../up.parquet", (TRACES / "tiny-moe-8x16.parquet").read_bytes())
     assert files.trace(name).parent == tmp_path / "uploads" and name in files.traces()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def test_a_profile_is_uploaded_as_an_archive(tmp_path):
+    files = Files(None, tmp_path / "uploads")
+    shipped = SHIPPED_PROFILES / "a100-sxm"
+    members = {f"mine/{path.name}": path.read_bytes() for path in shipped.iterdir()}
+    assert files.add("mine.zip", zipped(members)) == "mine" and files.profiles() == ["mine"]
+    machine = load_machine(files.known("mine"))
+    assert machine.profile == files.known("mine")
+    command = words(Asked(machine="mine"), files)
+    assert command[command.index("--machine") + 1] == machine.profile
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"meta.yaml": b"a: 1", "../evil.sh": b"x"}, "evil.sh"),
+        ({"a/meta.yaml": b"", "b/meta.yaml": b""}, "meta.yaml, meta.yaml"),
+        ({"meta.yaml": b"not: a profile"}, "provenance None must be"),
+    ],
+)
+def test_an_archive_that_is_no_profile_is_refused_and_leaves_nothing(tmp_path, members, said):
+    files = Files(None, tmp_path / "uploads")
+    with pytest.raises((ValueError, MoesimError), match=said):
+        files.add("mine.zip", zipped(members))
+    with pytest.raises(ValueError, match="no zip archive"):
+        files.add("mine.zip", b"PK but not really")
+    assert not any((tmp_path / "uploads").iterdir()) and not (tmp_path / "evil.sh").exists()
 
 
 def test_a_job_answers_what_the_command_line_says_and_only_once(tmp_path):
@@ -95,6 +137,21 @@ def test_a_job_that_fails_or_is_cancelled_leaves_no_answer(tmp_path):
 # -- pages --------------------------------------------------------------------------------------------------------
 
 
+def one_page(name: str) -> None:
+    """The script of one page, as app.py makes it."""
+    import os
+    from pathlib import Path
+
+    from moesim.dashboard import pages
+    from moesim.dashboard.controls import controls, shared
+    from moesim.dashboard.state import Files
+    from moesim.trace import cache
+
+    files = Files(Path(os.environ["MOESIM_TRACES"]), cache.folder() / "uploads")
+    shared(controls(files), files, cache.folder())
+    getattr(pages, name)()
+
+
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """Run a page with a query until its jobs are done."""
@@ -103,8 +160,11 @@ def page(tmp_path, monkeypatch):
     monkeypatch.setenv("MOESIM_TRACES", str(TRACES))
     monkeypatch.setenv("MOESIM_CACHE_DIR", str(tmp_path))
 
-    def ran(query: dict[str, str]) -> AppTest:
-        app = AppTest.from_file(str(APP), default_timeout=60)
+    def ran(query: dict[str, str], name: str = "") -> AppTest:
+        if name:
+            app = AppTest.from_function(one_page, default_timeout=60, args=(name,))
+        else:
+            app = AppTest.from_file(str(APP), default_timeout=60)
         for key, value in query.items():
             app.query_params[key] = value
         app.run()
@@ -114,9 +174,9 @@ def page(tmp_path, monkeypatch):
 
 
 def settled(app):
-    for _ in range(100):
+    for _ in range(400):
         assert not app.exception, app.exception
-        if not any(job.running for job in app.session_state["jobs"].values()):
+        if "jobs" not in app.session_state or not any(job.running for job in app.session_state["jobs"].values()):
             return app.run()
         time.sleep(0.3)
         app.run()
@@ -129,6 +189,59 @@ def test_the_first_page_shows_what_the_command_line_says(page):
     assert app.metric[0].value == f"{answer['metrics']['output_throughput']:.4g}"
     assert "FITS" in app.success[0].value
     assert any("specification sheets" in info.value for info in app.info)
+
+
+def press(app, *labels):
+    """Every button of these labels, one after the other, each until its job is done."""
+    for key in [button.key for button in app.button if button.label in labels]:
+        next(button for button in app.button if button.key == key).click().run()
+        app = settled(app)
+    return app
+
+
+def test_changes_to_the_system_are_asked_and_simulated(page):
+    plain, changed = page(QUICK), page(QUICK | {"set": "misses.rule=host; predictor=transitions"})
+    one, other = (app.session_state["jobs"]["replay"].answer for app in (plain, changed))
+    assert other["inputs"]["system"]["misses"]["rule"] == "host" != one["inputs"]["system"]["misses"]["rule"]
+    assert any("unknown" in e.value for e in page(QUICK | {"set": "misses.rule=hots"}).error)
+
+
+def test_the_lab_compares_systems_as_the_command_line_does(page):
+    app = press(page(QUICK, "lab"), "Run")
+    found = app.session_state["jobs"]["compare"].answer["policies"]
+    assert list(app.dataframe[0].value["system"]) == list(found)
+    assert list(app.dataframe[0].value["tok/s"]) == [one["metrics"]["output_throughput"] for one in found.values()]
+    assert "cacheable" in app.info[0].value
+    assert "Choose a routing trace" in page({}, "lab").info[0].value
+
+
+def test_capacity_and_plan_show_what_the_command_line_says(page):
+    app = page(QUICK | {"ttft": "50", "model": "tiny-moe-8x16", "input": "8", "output": "4"}, "capacity")
+    app = press(app, "Run")
+    jobs = {name: job.answer for name, job in app.session_state["jobs"].items()}
+    assert app.metric[0].value == f"{jobs['capacity']['rate']:.4g}"
+    best = jobs["plan"]["best"]
+    assert f"{best['output_throughput']:.4g} tok/s" in app.success[0].value
+    assert len(app.dataframe[0].value) == len(jobs["plan"]["candidates"])
+    assert page({}, "capacity").caption[0].value.startswith("Set a TTFT")
+
+
+def test_the_timeline_shows_the_run_and_the_profiles(page):
+    app = page(QUICK, "timeline")
+    busy = app.session_state["jobs"]["replay"].answer["bottleneck"]["utilisation"]
+    assert list(app.dataframe[0].value["resource"]) == list(busy)
+    assert len(app.dataframe[1].value) >= 3
+
+
+def test_what_would_help_is_a_tornado_of_the_gains(page):
+    app = press(page(QUICK), "Run")
+    found = app.session_state["jobs"]["whatif"].answer["changes"]
+    assert app.dataframe[0].value["change"][0] in {f"{row['resource']}: {row['what']}" for row in found}
+
+
+def test_lines_to_start_an_engine_are_on_the_first_page(page):
+    app = page({"model": "gpt-oss-20b", "policy": "llama.cpp", "prompts": "1", "input": "4", "output": "4"})
+    assert any("llama-server" in code.value and "# untested" in code.value for code in app.code)
 
 
 def test_pinning_compares_with_what_is_chosen_next(page):

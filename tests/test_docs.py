@@ -55,3 +55,18 @@ def test_every_command_is_documented_in_the_readme_or_docs():
     names += [group.name for group in app.registered_groups]
     for name in names:
         assert f"moesim {name}" in text, f"`moesim {name}` is documented nowhere"
+
+
+def test_the_notebook_prints_what_it_shows(tmp_path):
+    """Executed anew, with the outputs that are text compared; figures are drawn and not compared."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    shown = nbformat.read(ROOT / "docs" / "python.ipynb", as_version=4)
+    again = nbformat.from_dict(shown)
+    nbclient.NotebookClient(again, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
+    assert [_printed(cell) for cell in again.cells] == [_printed(cell) for cell in shown.cells]
+
+
+def _printed(cell) -> str:
+    outputs = cell.get("outputs", [])
+    return "".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in outputs)

@@ -10,11 +10,13 @@ import pytest
 
 import moesim
 from moesim.errors import MemoryBudgetError, MoesimError, TraceError, WorkloadError
+from moesim.machine import load_machine
 from moesim.output import to_json
 from moesim.page import format_run
 from moesim.question import Question, run
 from moesim.systems import SYSTEMS
 from moesim.trace.io import read
+from moesim.units import GIB
 from tests.conftest import small_trace
 from tests.scenes import random_trace
 
@@ -58,6 +60,16 @@ def test_the_anchors_frame_the_policies(ask):
     speed = {name: anchors[name]["output_throughput"] for name in ("no_cache", "lru", "oracle", "all_resident")}
     assert list(speed) == sorted(speed, key=speed.get)
     assert anchors["lru"] | {"fits": True} == anchors["of_sample"]["policy"] | {"fits": True}
+
+
+def test_all_resident_batches_also_where_its_experts_do_not_fit(ask):
+    """As on a GPU with memory enough, KV caches included."""
+    card, trace = load_machine("rtx-4090"), random_trace(240, 32, 8, 2, seed=0, requests=6, prompt=10)
+    large = replace(card, gpu=replace(card.gpu, memory_bytes=300 * GIB))
+    served = {"trace": trace, "model": "mixtral-8x7b", "max_concurrency": 4, "slots_per_layer": 1, "anchors": True}
+    anchors = [ask(machine=box, **served).summary["anchors"]["all_resident"] for box in (card, large)]
+    assert [row["fits"] for row in anchors] == [False, True]
+    assert anchors[0]["output_throughput"] == anchors[1]["output_throughput"]
 
 
 def test_the_error_bar_holds_the_prediction_and_the_ceiling_is_above_it(ask):

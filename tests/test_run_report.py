@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from moesim.errors import MoesimError
+from moesim.question import Question, run
 from moesim.run_report import figures, read_summary, write_report
+from tests.conftest import small_trace
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_the_page_holds_the_run_and_loads_nothing(call, saved):
 
 def test_figures_show_the_numbers_of_the_summary(saved):
     summary = read_summary(saved)
-    drawn = {figure.layout.title.text: figure for figure in figures(summary, saved)}
+    drawn = {figure.layout.title.text: figure for figure in figures(summary, saved).values()}
     path = drawn["Where the critical path goes"].data[0]
     assert sum(path.x) == pytest.approx(100)
     speed = drawn["Beside the four anchors"].data[0]
@@ -79,3 +81,11 @@ def test_what_is_no_run_is_refused(call, saved, tmp_path):
         (saved / "summary.json").write_text(text)
         with pytest.raises(MoesimError, match=r"summary\.json"):
             write_report(saved, saved / "page.html")
+
+
+def test_a_run_draws_itself_by_name(small_config):
+    found = run(small_trace(), "LRU", Question(model=str(small_config), slots_per_layer=4), detail=True)
+    for what in ("critical path", "anchors", "memory", "latency", "steps", "layers"):
+        assert found.plot(what).data
+    with pytest.raises(MoesimError, match="did you mean 'layers'"):
+        found.plot("layer")

@@ -11,7 +11,7 @@ from moesim.errors import WorkloadError
 from moesim.machine import load_machine
 from moesim.question import Question, run
 from moesim.systems import load_system
-from moesim.whatif import format_whatif, whatif
+from moesim.whatif import _gain_band, format_whatif, whatif
 from tests.conftest import small_trace
 
 
@@ -74,7 +74,7 @@ def test_changes_are_sorted_by_gain_and_bands_hold_their_gain(ask):
     result = ask("LRU", slots_per_layer=4)
     gains = [row["gain"] for row in result["changes"]]
     assert gains == sorted(gains, reverse=True)
-    assert all(row["gain_over_band"][0] <= row["gain"] <= row["gain_over_band"][1] for row in result["changes"])
+    assert all(row["gain_p10_p90"][0] <= row["gain"] <= row["gain_p10_p90"][1] for row in result["changes"])
     policies = [row["what"] for row in result["changes"] if row["kind"] == "policy"]
     assert "LFU" in policies and "LRU" not in policies
 
@@ -98,9 +98,26 @@ def test_bad_questions_are_refused(ask):
         ask(by=0.0)
 
 
-def test_a_profile_is_left_out_and_that_is_said(ask):
+def test_a_profile_is_used_and_its_parts_are_made_faster(ask, small_config):
     result = ask(machine="h100-sxm")
-    assert any("profile" in note for note in result["notes"])
+    metrics = run(small_trace(), "on-demand", Question(model=str(small_config), machine="h100-sxm"), anchors=False)
+    assert result["base"]["value"] == metrics.summary["metrics"]["output_throughput"]
+    assert "h100" in result["notes"][-1] and "measured curves" in result["notes"][-1]
+    rows = changes(result)
+    assert rows["PCIe"]["gain"] > 0 and rows["HBM"]["gain"] > 0
+
+
+@pytest.mark.parametrize(
+    ("gain", "ends", "band"),
+    [
+        (0.02, [0.01, 0.04], (0.01, 0.04)),  # in between, as any prediction's band
+        (-0.02, [-0.01, -0.04], (-0.04, -0.01)),
+        (0.02, [-0.01, 0.05, 0.06], (-0.01, 0.07)),  # may be a loss: 0.03 down, 0.03 and 0.04 up
+        (0.0, [0.0, 0.0], (0.0, 0.0)),
+    ],
+)
+def test_p10_and_p90_of_a_gain(gain, ends, band):
+    assert _gain_band(gain, ends) == pytest.approx(band)
 
 
 def test_the_command(call, trace_file, small_config):

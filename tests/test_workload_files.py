@@ -43,6 +43,53 @@ def test_json_lines_of_mooncake_and_llmservingsim(tmp_path):
     assert read(tmp_path, line, "l.jsonl") == [(pytest.approx(0.002), 12, 3)]
 
 
+SHAREGPT = [
+    {"id": "a", "conversations": [{"from": "human", "value": "x" * 9}, {"from": "gpt", "value": "y" * 40}]},
+    {"id": "b", "conversations": [{"from": "human", "value": "no answer"}]},
+    {"id": "c", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}, {"value": "more"}]},
+]
+
+
+def test_sharegpt_counts_a_token_for_every_four_characters_of_the_first_two_turns(tmp_path):
+    text = json.dumps(SHAREGPT)
+    assert read(tmp_path, text, "s.json") == [(0.0, 3, 10), (0.0, 1, 1)]
+    assert [(row.line, row.counted) for row in read_rows(tmp_path / "s.json")] == [(1, False), (3, False)]
+
+
+def test_vllm_bench_results_are_workloads(tmp_path):
+    """Times count from the first request, before the client held any back; failed ones are left out."""
+    result = {"input_lens": [5, 6, 7], "output_lens": [3, 0, 2], "start_times": [100.5, 100.0, 103.0]}
+    assert read(tmp_path, json.dumps(result), "v.json") == [(0.5, 5, 3), (3.0, 7, 2)]
+    result |= {"queue_times": [0.25, 0.0, 1.0], "errors": ["", "", "timed out"]}
+    assert read(tmp_path, json.dumps(result), "v.json") == [(0.25, 5, 3)]
+    del result["start_times"], result["queue_times"], result["errors"]
+    assert read(tmp_path, json.dumps(result), "v.json") == [(0.0, 5, 3), (0.0, 7, 2)]
+
+
+def test_a_simulated_result_is_a_workload_that_gives_the_same_result(tmp_path, small_config, trace_file, call):
+    words = ("replay", trace_file, "--model", small_config, "--no-anchors", "--engine", "events", "--format", "vllm")
+    first = json.loads(call(*words, "--request-rate", 500)[1])
+    (tmp_path / "v.json").write_text(json.dumps(first))
+    again = json.loads(call(*words, "--workload", tmp_path / "v.json")[1])
+    for name in ("input_lens", "output_lens"):
+        assert again[name] == first[name]
+    assert np.allclose(np.diff(again["start_times"]), np.diff(first["start_times"]), atol=2e-9)
+
+
+def test_files_without_times_take_a_rate_and_the_answer_says_how_tokens_were_counted(
+    tmp_path, small_config, trace_file, call
+):
+    (tmp_path / "s.json").write_text(json.dumps(SHAREGPT))
+    (tmp_path / "w.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,1,2\n1,3,4\n")
+    words = ("replay", trace_file, "--model", small_config, "--no-anchors", "--engine", "events", "--request-rate", 5)
+    code, out, _ = call(*words, "--workload", tmp_path / "s.json", "--json")
+    told = json.loads(out)["inputs"]["workload"]
+    assert code == 0 and told["arrivals"].startswith("5 requests/s")
+    assert "a token for every 4 characters" in told["routing"]
+    code, _, err = call(*words, "--workload", tmp_path / "w.csv")
+    assert code == 2 and "brings its own arrivals; leave out --request-rate 5" in err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -54,6 +101,15 @@ def test_json_lines_of_mooncake_and_llmservingsim(tmp_path):
         ("w.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10,1,2\n2024-05-09,1,2\n", "line 3: seconds"),
         ("w.jsonl", "{", "line 1: not JSON"),
         ("w.jsonl", "[]", "line 1: not a JSON object"),
+        ("s.json", "[{}", "not JSON .*; lines of JSON go into a .jsonl"),
+        ("s.json", '{"duration": 1}', "neither a list of conversations nor input_lens"),
+        ("s.json", "[1]", "conversation 1: has no list 'conversations'"),
+        ("s.json", '[{"conversations": [{"value": "a"}, 3]}]', "conversation 1: each turn must be"),
+        ("s.json", "[]", "no requests"),
+        ("v.json", '{"input_lens": [1, 2], "output_lens": [1]}', "lists of the same length"),
+        ("v.json", '{"input_lens": [1, "x"], "output_lens": [1, 1]}', "request 2: input_lens 'x' must be a whole"),
+        ("v.json", '{"input_lens": [1], "output_lens": [1.5]}', "request 1: output_lens '1.5' must be a whole"),
+        ("v.json", '{"input_lens": [1], "output_lens": [1], "start_times": [null]}', "request 1: start_times None"),
         ("w.jsonl", '{"a": 1}', "line 1: neither input_length nor input_toks"),
         ("w.jsonl", '{"timestamp": null, "input_length": 1, "output_length": 1}', "line 1: timestamp ''"),
     ],

@@ -25,14 +25,16 @@ def capacity(
     attainment: Annotated[float, typer.Option("--attainment", help="Share of requests that must keep all SLOs.")] = 0.9,
     burstiness: Annotated[float, typer.Option("--burstiness", help="Shape of the gaps; 1 is Poisson.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Sequences the server batches at once.")] = 256,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change one choice, such as eviction.scope=global.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the arrivals.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
 ) -> None:
     """Find the highest request rate that keeps every SLO, and which breaks first. Exits 3 where none does."""
     from moesim.capacity import capacity as find
-    from moesim.question import Question, parse_slo
-    from moesim.systems import load_system
+    from moesim.question import Question, compose, parse_slo
     from moesim.trace.io import read
     from moesim.units import parse_size
 
@@ -47,7 +49,7 @@ def capacity(
         goodput=tuple(parse_slo(text) for text in goodput),
     )
     with progress("rates tried", 30) as advance:
-        result = find(read(trace), load_system(policy), question, attainment, advance)
+        result = find(read(trace), compose(policy, settings or []), question, attainment, advance)
     slos = ", ".join(f"{name} {ms:g} ms" for name, ms in result["slos_ms"].items())
     if result["rate"]:
         text = (

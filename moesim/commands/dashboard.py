@@ -33,7 +33,7 @@ def dashboard(
     }
     settings = [f"--{name}={value}" for name, value in options.items()]
     environment = os.environ | ({"MOESIM_TRACES": str(traces.resolve())} if traces.is_dir() else {})
-    command = [sys.executable, "-m", "streamlit", "run", str(app), *settings]
+    command = [sys.executable, "-m", "moesim.dashboard.serve", "run", str(app), *settings]
     try:
         code = subprocess.call(command, env=environment)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from moesim.errors import WorkloadError
 from moesim.output import emit, progress
 
 UNMET = 3
+SHOWN = 5  # of the ways composed anew
 
 
 def plan(
@@ -34,10 +35,22 @@ def plan(
         float | None,
         typer.Option("--budget", help="At most so many $ per hour; without --machine, all that are rented for less."),
     ] = None,
+    prices: Annotated[
+        Path | None, typer.Option("--prices", help="CSV of prices in place of moesim's (docs/prices.md).")
+    ] = None,
     workload: Annotated[
         Path | None, typer.Option("--workload", help="Requests with arrivals and lengths (docs/bring-a-workload.md).")
     ] = None,
     num_prompts: Annotated[int | None, typer.Option("--num-prompts", help="Only the first N of the workload.")] = None,
+    compose: Annotated[
+        str, typer.Option("--compose", help="Also vary parts of these systems: eviction, start, prediction, misses.")
+    ] = "",
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Ways to draw of more than so many, and of those composed.")
+    ] = 200,
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Keep what is drawn in this file; a second run goes on from it.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result here.")] = None,
@@ -53,34 +66,39 @@ def plan(
 
     known = load_model(model)
     chosen = split_specs(policies) if policies else list(search.POLICIES)
-    names = [load_system(policy).name and policy for policy in chosen]
-    choices = search.space(
-        _machines(machine, budget), _numbers("--bits", bits, float), names,
+    anew = split_specs(compose)
+    for policy in [*chosen, *anew]:
+        load_system(policy)
+    space = search.Space(
+        _machines(machine, budget, prices), _numbers("--bits", bits, float), chosen,
         _numbers("--max-concurrency", concurrency, int),
     )  # fmt: skip
     asked = search.Asked(
         random_input_len, random_output_len, tuple(parse_slo(text) for text in goodput or ()), objective, budget, seed,
         workload, num_prompts,
     )  # fmt: skip
-    with progress("candidates", len(choices)) as advance:
-        result = search.plan(known, choices, asked, advance=advance)
+    total = min(len(space.choices()), trials) + (trials if anew else 0)
+    with progress("candidates", total) as advance:
+        result = search.plan(known, space, asked, True, advance, trials, anew, study)
     emit(result, _page(result), as_json, output)
     if result["best"] is None:
         raise typer.Exit(UNMET)
 
 
-def _machines(names: str | None, budget: float | None) -> list[Any]:
+def _machines(names: str | None, budget: float | None, file: Path | None) -> list[Any]:
     """Those named; without a name those of the catalogue with one GPU that are rented for at most `budget` per hour."""
-    from moesim.machine import catalogue, load_machine
+    from moesim.machine import catalogue, load_machine, priced
+    from moesim.prices import read_prices
 
+    own = read_prices(file) if file else {}
     if names is None and budget is not None:
-        prices = {name: known.prices.known for name, known in catalogue().items()}
+        prices = {name: priced(known, own).prices.known for name, known in catalogue().items()}
         within = [name for name, price in prices.items() if price is not None and price <= budget]
         if not within:
             cheapest = min((price, name) for name, price in prices.items() if price is not None)
             raise WorkloadError(f"--budget {budget:g}: no machine costs less than $ {cheapest[0]:g} ({cheapest[1]})")
-        return [load_machine(name) for name in within]
-    return [load_machine(name.strip()) for name in (names or "rtx-4090").split(",")]
+        return [priced(load_machine(name), own) for name in within]
+    return [priced(load_machine(name.strip()), own) for name in (names or "rtx-4090").split(",")]
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:
@@ -95,44 +113,66 @@ def _numbers(option: str, text: str, kind: Any) -> list[Any]:
 
 def _page(result: dict[str, Any]) -> str:
     lines = [f"{result['model']}: {len(result['candidates'])} ways simulated, {len(result['excluded'])} excluded"]
-    best = result["best"]
-    if best is None:
+    if result["best"] is None:
         lines.append("nothing keeps the SLOs" if result["candidates"] else "nothing fits")
     else:
-        low, high = best["p10_p90"]
-        anchors = ", ".join(
-            f"{name} {row['output_throughput']:.4g}" if "output_throughput" in row else f"{name}: {row['error']}"
-            for name, row in best["anchors"].items()
-        )
-        lines += [
-            f"best: {_named(best)}: {best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g})",
-            f"  limited by {best['limited_by']}; anchors, tok/s: {anchors}; ceiling {best['ceiling']:.4g}",
-            *(f"  {engine}: {line}" for engine, line in best["flags"].items()),
-        ]
-        if gap := best["difference"]:
-            exceeds = "more" if gap["exceeds"] else "no more"
-            lines.append(
-                f"  better by {gap['value']:.1%} than {_named(gap['of'])} (P10 to P90: {gap['p10']:+.1%} to "
-                f"{gap['p90']:+.1%}): {exceeds} than the costs are unsure"
-            )
-    header = f"{'tok/s':>9}{'TTFT ms':>10}{'TPOT ms':>10}{'$/Mtok':>9}  SLOs"
-    width = max([len(_named(row)) for row in result["candidates"]], default=0) + 2
-    lines += ["", f"{'  way':{width}}{header}"]
-    for row in result["candidates"]:
-        price = row["usd_per_million_output_tokens"]
-        cost = "-" if price is None else f"{price:.3g}"
-        tpot = "-" if row["mean_tpot_ms"] is None else f"{row['mean_tpot_ms']:.4g}"
-        mark = "*" if {n: row[n] for n in ("machine", "bits", "policy", "concurrency")} in result["pareto"] else " "
-        name = f"{mark} {_named(row)}"
-        lines.append(
-            f"{name:{width}}{row['output_throughput']:>9.4g}{row['mean_ttft_ms']:>10.4g}{tpot:>10}{cost:>9}  "
-            + ("kept" if row["keeps_slos"] else f"kept by {row['slo_attainment']:.0%}")
-        )
-    lines += ["* no other is better in throughput, TPOT and price at once"]
-    lines += [f"excluded: {_named(row)}: {row['reason']}" for row in result["excluded"]]
+        lines += _best(result["best"])
+    lines += ["", *_table(result), *_excluded(result["excluded"])]
     lines.append("routing is drawn, not recorded; quality at fewer bits is not modelled")
     return "\n".join(lines)
 
 
+def _best(best: dict[str, Any]) -> list[str]:
+    low, high = best["p10_p90"]
+    anchors = ", ".join(
+        f"{name} {row['output_throughput']:.4g}" if "output_throughput" in row else f"{name}: {row['error']}"
+        for name, row in best["anchors"].items()
+    )
+    than = {"difference": "the next", "over_published": "the best published", "over_composed": "the best composed"}
+    return [
+        f"best: {_named(best)}: {best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g})",
+        f"  limited by {best['limited_by']}; anchors, tok/s: {anchors}; ceiling {best['ceiling']:.4g}",
+        *(f"  {engine}: {line}" for engine, line in best["flags"].items()),
+        *(_gap(than[name], gap) for name in than if (gap := best.get(name))),
+    ]
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    front = [_named(row) for row in result["pareto"]]
+    composed = [row for row in result["candidates"] if row["settings"]]
+    hidden = [id(row) for row in composed[SHOWN:] if _named(row) not in front]
+    rows = [row for row in result["candidates"] if id(row) not in hidden]
+    width = max([len(_named(row)) for row in rows], default=0) + 2
+    lines = [f"{'  way':{width}}{'tok/s':>9}{'TTFT ms':>10}{'TPOT ms':>10}{'$/Mtok':>9}  SLOs"]
+    for row in rows:
+        price = row["usd_per_million_output_tokens"]
+        cost = "-" if price is None else f"{price:.3g}"
+        tpot = "-" if row["mean_tpot_ms"] is None else f"{row['mean_tpot_ms']:.4g}"
+        name = f"{'*' if _named(row) in front else ' '} {_named(row)}"
+        lines.append(
+            f"{name:{width}}{row['output_throughput']:>9.4g}{row['mean_ttft_ms']:>10.4g}{tpot:>10}{cost:>9}  "
+            + ("kept" if row["keeps_slos"] else f"kept by {row['slo_attainment']:.0%}")
+        )
+    lines += [f"  and {len(hidden)} more that were composed (--json has all)"] if hidden else []
+    return [*lines, "* no other is better in throughput, TPOT and price at once"]
+
+
+def _gap(than: str, gap: dict[str, Any]) -> str:
+    exceeds = "more" if gap["exceeds"] else "no more"
+    return (
+        f"  better by {gap['value']:.1%} than {than}, {_named(gap['of'])} (P10 to P90: {gap['p10']:+.1%} to "
+        f"{gap['p90']:+.1%}): {exceeds} than the costs are unsure"
+    )
+
+
+def _excluded(rows: list[dict[str, Any]]) -> list[str]:
+    """Those left out for one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        by_reason.setdefault(row["reason"], []).append(_named(row))
+    return [f"excluded: {'; '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
 def _named(row: dict[str, Any]) -> str:
-    return f"{row['policy']} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"
+    policy = " with ".join([row["policy"], *([", ".join(row["settings"])] if row["settings"] else [])])
+    return f"{policy} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"

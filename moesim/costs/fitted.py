@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from moesim.costs.families import ACTIVITIES
-from moesim.costs.fit import Curve, rescale
+from moesim.costs.fit import Curve, faster, rescale
 from moesim.costs.roofline import Attended, Roofline
 from moesim.machine import Machine
 
@@ -53,7 +53,8 @@ class Fitted(Roofline):
         self.extrapolated: set[str] = set()
         self._curves: dict[str, list[Curve]] = {}
         for curve in profile.curves:
-            self._curves.setdefault(curve.family, []).append(rescale(curve, scale))
+            moved = faster(rescale(curve, scale), *_gains(curve, machine))
+            self._curves.setdefault(curve.family, []).append(moved)
         for curves in self._curves.values():
             curves.sort(key=_preference)
         self._chosen: dict[tuple[Any, ...], list[Curve]] = {}
@@ -234,6 +235,7 @@ class Fitted(Roofline):
             mixed = curves[name].seconds(nbytes=nbytes, **flags)
             slowed |= mixed > _SLOWED * curves[name].seconds(nbytes=nbytes, **alone)
             total += nbytes / mixed / 1e9
+        total *= _gain(self.machine, "host", "dram_gbps")
         self.dram_gbps = max(total, self.copy_gbps) if slowed else max(self.dram_gbps, total)
 
     def _copy_curve(self, direction: str, pinned: int, parts: int = 1, both: int = 0) -> Curve | None:
@@ -267,6 +269,31 @@ class Fitted(Roofline):
         curve = curves[0]
         self.extrapolated.add(curve.name)
         return curve.ask(**features)[0]
+
+
+def _gains(curve: Curve, machine: Machine) -> tuple[float, float]:
+    """How much faster bytes and operations of a curve have become since it was measured."""
+    match curve.family:
+        case "copy":
+            return _gain(machine, "pcie", "gbps"), 1.0
+        case "read":
+            return _gain(machine, "nvme", "gbps"), 1.0
+        case "host_expert":
+            return _gain(machine, "host", "dram_gbps"), _gain(machine, "host", "cores")
+        case "collective":
+            return _gain(machine, "gpu", "nvlink_gbps"), 1.0
+        case "launch" | "handoff" | "together":
+            return 1.0, 1.0
+    eight = str(curve.variant[0]).startswith("fp8")
+    return _gain(machine, "gpu", "hbm_gbps"), _gain(machine, "gpu", "fp8_tflops" if eight else "tflops")
+
+
+def _gain(machine: Machine, part: str, rate: str) -> float:
+    """A rate over what it was when the profile was measured; 1 where either is unknown."""
+    if machine.measured_on is None:
+        return 1.0
+    now, then = (getattr(getattr(m, part), rate, None) for m in (machine, machine.measured_on))
+    return float(now / then) if now and then else 1.0
 
 
 def _engines(curve: Curve) -> bool:

@@ -74,8 +74,12 @@ def _inputs(a: Asked, files: Files) -> Asked:
         placeholder=a.model, format_func=lambda m: m or ("the trace's" if trace else "gpt-oss-20b"),
         accept_new_options=True,
     )  # fmt: skip
-    machine = _choice("Machine", [*files.uploaded(".yaml"), *machines], a.machine, key("machine"))
+    machine = _choice("Machine", [*files.profiles(), *files.uploaded(".yaml"), *machines], a.machine, key("machine"))
     policy = _choice("System", systems, a.policy, key("policy"))
+    changes = st.text_input(
+        "Changes to it", a.set, key=key("set"), placeholder="misses.rule=cheaper; predictor=transitions",
+        help="`--set` of the command line, separated by semicolons",
+    )  # fmt: skip
     left, right = st.columns(2)
     slots = left.number_input(
         "Expert slots", 1, value=a.slots, placeholder="as fits", key=key("slots"), help="experts cached per layer"
@@ -95,7 +99,7 @@ def _inputs(a: Asked, files: Files) -> Asked:
     tpot = right.number_input("TPOT SLO, ms", 0.001, value=a.tpot, placeholder="none", key=key("tpot"))
     seed = st.number_input("Seed", 0, value=a.seed, key=key("seed"))
     named = a.model if model is None else model
-    return Asked(trace, named, machine, policy, slots, users, rate, prompts, *size, ttft, tpot, int(seed))
+    return Asked(trace, named, machine, policy, changes, slots, users, rate, prompts, *size, ttft, tpot, int(seed))
 
 
 def _choice(label: str, names: list[str], value: str, key: str) -> str:
@@ -114,8 +118,8 @@ def _names() -> tuple[list[str], list[str], list[str]]:
 
 
 def _upload(files: Files) -> None:
-    with st.expander("Upload a trace, config.json or machine"):
-        given = st.file_uploader("File", type=["parquet", "json", "yaml"], max_upload_size=200)
+    with st.expander("Upload a trace, config.json, machine or profile"):
+        given = st.file_uploader("File", type=["parquet", "json", "yaml", "zip"], max_upload_size=200)
         if given is None or st.session_state.get("uploaded") == given.file_id:
             return
         try:
@@ -125,6 +129,6 @@ def _upload(files: Files) -> None:
             return
         st.session_state["uploaded"] = given.file_id
         asked: Asked = st.session_state["asked"]
-        part = {".parquet": "trace", ".json": "model", ".yaml": "machine"}[Path(name).suffix]
+        part = {".parquet": "trace", ".json": "model"}.get(Path(name).suffix, "machine")
         _take(replace(asked, **{part: name}))  # type: ignore[arg-type]
         st.rerun()

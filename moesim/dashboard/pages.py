@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
+from moesim import plots
 from moesim.dashboard.controls import Shared
 from moesim.dashboard.jobs import Job, start
-from moesim.dashboard.state import Asked, to_query, words
+from moesim.dashboard.state import Asked, settings_of, to_query, words
 from moesim.errors import MoesimError
+from moesim.model import load_model
 from moesim.output import to_json
+from moesim.plan.flags import flags
+from moesim.plots import speed_for_each_user, stacked_memory, tornado
+from moesim.question import Question, Scene, compose, estimate
+from moesim.run_report import figures, write_report
+from moesim.trace.assumed import distinct_routing
+from moesim.trace.io import read
 
 GOOD = ("FITS",)
 FAMILIAR = {"output_throughput": "tok/s", "mean_ttft_ms": "TTFT ms", "mean_tpot_ms": "TPOT ms", "hit_rate": "hit rate"}
@@ -34,8 +42,10 @@ def fit() -> None:
     _pin(given.asked, summary)
     _downloads(job, summary)
     left, right = st.columns(2)
-    for i, figure in enumerate(_figures(job.folder, summary)[:3]):
-        (left if i % 2 == 0 else right).plotly_chart(figure, key=f"fit {i}")
+    drawn = figures(summary, job.folder / "run")
+    for column, name in ((left, "critical path"), (right, "anchors")):
+        if name in drawn:
+            column.plotly_chart(drawn[name], key=name)
     st.subheader("What would help most")
     if given.asked.trace:
         _tornado(given)
@@ -88,10 +98,8 @@ def capacity() -> None:
     else:
         st.caption("Set a TTFT or TPOT SLO and a trace on the left.")
     st.subheader("Machines, precisions and systems")
-    model = given.asked.model or ("" if given.asked.trace else "gpt-oss-20b")
-    if not model:
-        st.caption("Name a model on the left.")
-        return
+    trace = given.asked.trace
+    model = given.asked.model or (read(given.files.trace(trace)).info.model if trace else "gpt-oss-20b")
     left, right = st.columns(2)
     machines = left.text_input("Machines, separated by commas", "rtx-4090, rtx-3090, l40s", key="machines")
     objective = right.selectbox("Best in", ["throughput", "latency", "cost"], key="objective")
@@ -113,8 +121,9 @@ def timeline() -> None:
     job = _asked_job("replay", given, saved=True)
     summary = _wait(job)
     if job is not None and summary is not None:
-        for i, figure in enumerate(_figures(job.folder, summary)[3:]):
-            st.plotly_chart(figure, key=f"time {i}")
+        for name, figure in figures(summary, job.folder / "run").items():
+            if name in ("latency", "steps", "layers"):
+                st.plotly_chart(figure, key=name)
         busy = summary.get("bottleneck", {}).get("utilisation", {})
         st.dataframe([{"resource": name, "busy": f"{share:.1%}"} for name, share in busy.items()], hide_index=True)
         drawn = ["--timeline", "timeline.json"]
@@ -198,15 +207,13 @@ def _estimate(given: Shared) -> None:
     bound = f" · at most {top:.4g} tok/s for one request" if top else ""
     show(f"**{found['status']}** {found['status_reason']}{bound}")
     st.plotly_chart(_memory(found["memory"]), key="memory")
+    for engine, line in found["flags"].items():
+        st.caption(f"To start {engine} so:")
+        st.code(line, language="bash")
 
 
 @st.cache_data(max_entries=50)
 def _known_at_once(asked: Asked, trace: str, machine: str, model: str) -> dict[str, Any]:
-    from moesim.model import load_model
-    from moesim.question import Question, estimate
-    from moesim.trace.assumed import distinct_routing
-    from moesim.trace.io import read
-
     question = Question(
         model=model or None, machine=machine, slots_per_layer=asked.slots, max_concurrency=asked.users,
         num_prompts=asked.prompts if trace else None,
@@ -217,12 +224,15 @@ def _known_at_once(asked: Asked, trace: str, machine: str, model: str) -> dict[s
         served = load_model(model or "gpt-oss-20b")
         question = replace(question, model=served)
         routing = distinct_routing(served, min(asked.users or 1, 64), asked.input, asked.output - 1)
-    return estimate(routing, asked.policy, question)
+    system = compose(asked.policy, settings_of(asked))
+    scene = Scene(routing, question).under(system)
+    published = not settings_of(asked)
+    return estimate(routing, system, question) | {
+        "flags": flags(system, scene, scene.model.expert_bits, True) if published else {}
+    }
 
 
 def _memory(memory: dict[str, Any]) -> Any:
-    from moesim.plots import stacked_memory
-
     tiers = {"GPU": "gpu_bytes", "host": "host_bytes", "NVMe": "nvme_bytes"}
     figure = stacked_memory({tier: memory[key] for tier, key in tiers.items() if memory[key]})
     return figure.update_layout(height=260)
@@ -295,22 +305,12 @@ def _downloads(job: Job, summary: dict[str, Any]) -> None:
 
 
 def _report(run: Path) -> bytes:
-    from moesim.run_report import write_report
-
     with tempfile.TemporaryDirectory() as folder:
         write_report(run, Path(folder, "report.html"))
         return Path(folder, "report.html").read_bytes()
 
 
-def _figures(folder: Path, summary: dict[str, Any]) -> list[Any]:
-    from moesim.run_report import figures
-
-    return list(figures(summary, folder / "run"))
-
-
 def _trace_figures(stats: dict[str, Any]) -> list[Any]:
-    from moesim import plots
-
     lru = {name: np.array(values) for name, values in stats["lru"].items() if name != "distances"}
     reuse = {side: {int(n): np.array(v) for n, v in stats["reuse"][side].items()} for side in ("within", "chance")}
     unique = {name: np.array(values) for name, values in stats["unique"].items()}
@@ -327,11 +327,15 @@ def _tornado(given: Shared) -> None:
     if found is None:
         return
     rows = sorted(found["changes"], key=lambda row: -abs(row["gain"] or 0))[:8]
+    felt = [row for row in rows if row["gain"] is not None]
+    bars = [(f"{row['resource']}: {row['what']}", row["gain"], *row["gain_p10_p90"]) for row in felt]
+    st.plotly_chart(tornado(FAMILIAR[found["metric"]], bars), key="tornado")
     st.dataframe(
         [
             {
                 "change": f"{row['resource']}: {row['what']}",
                 "gain": None if row["gain"] is None else f"{row['gain']:+.1%}",
+                "P10 to P90": row["gain_p10_p90"] and "{:+.1%} to {:+.1%}".format(*row["gain_p10_p90"]),
                 "beyond the uncertainty": row["significant"],
                 "$ per hour": row["usd_per_hour"],
             }
@@ -354,8 +358,21 @@ def _plan(found: dict[str, Any]) -> None:
         )
         for engine, line in best["flags"].items():
             st.code(f"# {engine}\n{line}", language="bash")
+    st.plotly_chart(_front(found), key="front")
     columns = ("machine", "bits", "policy", "concurrency", "output_throughput", "mean_ttft_ms", "mean_tpot_ms",
                "usd_per_million_output_tokens", "keeps_slos")  # fmt: skip
     st.dataframe([{name: row[name] for name in columns} for row in found["candidates"]], hide_index=True)
     with st.expander(f"{len(found['excluded'])} excluded, with reasons"):
         st.dataframe(found["excluded"], hide_index=True)
+
+
+def _front(found: dict[str, Any]) -> Any:
+    """What no other way beats in throughput, TPOT and price, and the rest, where a way has a TPOT."""
+    points: dict[str, list[tuple[float, float, str]]] = {"no other is better at once": [], "others": []}
+    for row in found["candidates"]:
+        if row["mean_tpot_ms"]:
+            on_front = {name: row[name] for name in found["pareto"][0]} in found["pareto"]
+            label = f"{row['policy']} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"
+            at = 1000 / row["mean_tpot_ms"], row["output_throughput"], label
+            points["no other is better at once" if on_front else "others"].append(at)
+    return speed_for_each_user(points)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +22,7 @@ class Asked:
     model: str = ""
     machine: str = "rtx-4090"
     policy: str = "LRU"
+    set: str = ""  # changes to the system, as --set has them, separated by semicolons
     slots: int | None = None
     users: int | None = None
     rate: float | None = None
@@ -83,6 +88,10 @@ def to_query(asked: Asked) -> dict[str, str]:
     }
 
 
+def settings_of(asked: Asked) -> list[str]:
+    return [part.strip() for part in asked.set.split(";") if part.strip()]
+
+
 def words(asked: Asked, files: Files, verb: str = "replay") -> list[str]:
     """The command `moesim VERB ...` that answers; the very one the dashboard runs."""
     out = [verb]
@@ -95,6 +104,8 @@ def words(asked: Asked, files: Files, verb: str = "replay") -> list[str]:
         options |= {"--max-concurrency": asked.users, "--request-rate": asked.rate, "--num-prompts": asked.prompts}
     if verb == "replay" and not asked.trace:
         options |= {"--random-input-len": asked.input, "--random-output-len": asked.output}
+    if verb in ("replay", "whatif", "capacity"):
+        out += [word for setting in settings_of(asked) for word in ("--set", setting)]
     options["--seed"] = asked.seed or None
     for name, value in options.items():
         if value is not None:
@@ -104,7 +115,9 @@ def words(asked: Asked, files: Files, verb: str = "replay") -> list[str]:
     return out
 
 
-MAX_BYTES = {".parquet": 200 << 20, ".json": 1 << 20, ".yaml": 1 << 20}
+MAX_BYTES = {".parquet": 200 << 20, ".json": 1 << 20, ".yaml": 1 << 20, ".zip": 64 << 20}
+MAX_PROFILE = 256 << 20  # bytes of a profile's files together
+PROFILE = ("meta.yaml", "fit.json", "kernels.parquet", "links.parquet")
 
 
 class Files:
@@ -123,17 +136,21 @@ class Files:
     def uploaded(self, suffix: str) -> list[str]:
         return sorted(path.name for path in self._uploads.glob(f"*{suffix}"))
 
+    def profiles(self) -> list[str]:
+        """Uploaded ones, each a folder."""
+        return sorted(path.parent.name for path in self._uploads.glob("*/meta.yaml"))
+
     def trace(self, name: str) -> Path:
         """Where the trace called `name` lies. Raises FileNotFoundError."""
         if name in self.traces():
             for folder in (self._uploads, self._traces):
                 if folder is not None and (folder / name).is_file():
-                    return folder / name
+                    return _short(folder / name)
         raise FileNotFoundError(f"no trace is called '{name}'; choose one, or upload it again")
 
     def known(self, name: str) -> str:
         """A model or machine: the path of an uploaded file, or a name of the catalogue as it is."""
-        if name in (*self.uploaded(".json"), *self.uploaded(".yaml")):
+        if name in (*self.uploaded(".json"), *self.uploaded(".yaml")) or name in self.profiles():
             return str(self._uploads / name)
         if "/" in name and Path(name).exists():
             raise FileNotFoundError(f"'{name}' is a file of this server; upload yours")
@@ -143,12 +160,49 @@ class Files:
         """Keep an upload under its own name. Raises ValueError where it is too large or of no known kind."""
         path = Path(Path(name).name)
         if path.suffix not in MAX_BYTES:
-            raise ValueError(f"{path.name}: upload a trace (.parquet), a config.json or a machine (.yaml)")
+            raise ValueError(
+                f"{path.name}: upload a trace (.parquet), a config.json, a machine (.yaml) or a profile (.zip)"
+            )
         if len(data) > MAX_BYTES[path.suffix]:
             raise ValueError(f"{path.name}: {len(data)} bytes; a {path.suffix} file may have {MAX_BYTES[path.suffix]}")
         self._uploads.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".zip":
+            return _add_profile(self._uploads, path, data)
         _check(self._uploads, path, data)
         return path.name
+
+
+def _short(path: Path) -> Path:
+    """As one would type it: relative where it lies below the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _add_profile(folder: Path, path: Path, data: bytes) -> str:
+    """Unpack the files of a profile, wherever in the archive they lie, if moesim can read them; its name.
+
+    Raises ValueError where the archive holds anything else or too much, MoesimError as the command line would.
+    """
+    from moesim.machine import load_machine
+    from moesim.profile import read_profile
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            names = sorted(Path(member.filename).name for member in members)
+            if not set(names) <= set(PROFILE) or len(set(names)) < len(names):
+                raise ValueError(f"{path.name}: holds {', '.join(names[:5])}; a profile is {', '.join(PROFILE)}")
+            if sum(member.file_size for member in members) > MAX_PROFILE:
+                raise ValueError(f"{path.name}: more than {MAX_PROFILE} bytes when unpacked")
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as trial:
+                for member in members:
+                    Path(trial, Path(member.filename).name).write_bytes(archive.read(member))
+                read_profile(trial)
+                load_machine(trial)
+                shutil.rmtree(folder / path.stem, ignore_errors=True)
+                shutil.copytree(trial, folder / path.stem)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path.name}: no zip archive ({error})") from None
+    return path.stem
 
 
 def _check(folder: Path, path: Path, data: bytes) -> None:

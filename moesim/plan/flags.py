@@ -12,17 +12,20 @@ from moesim.question import Scene
 from moesim.systems import System
 
 UNTESTED = "   # untested"
+PAYS = 32  # tokens of one expert from which copying its weights up pays (ik_llama.cpp pull request 520)
 _METHODS = ((16.0, "BF16"), (4.5, "LLAMAFILE"), (4.2, "MXFP4"))  # kt-kernel's, by bits per weight at least
 
 
 def as_it_fits(spec: str, system: System, scene: Scene) -> str:
     """`spec` with the number of layers or experts on the CPU that `scene` has to choose, so that a flag can say it."""
+    if system.name == "EPLB" and scene.machine.gpus == 1:
+        return "all-resident"
     if system.name == "llama.cpp":
         on_cpu = sum(not kept for kept in _kept(system, scene))
         return f"llama.cpp(n_cpu_moe={on_cpu})" if on_cpu else spec
     if system.name == "KTransformers" and system.cache:
         kept, defer = min(_kept(system, scene)), system.misses.defer
-        given = {"gpu_experts": kept, "defer": defer}
+        given = {"gpu_experts": kept, "defer": defer, "gpu_prefill": system.misses.prompts is not None}
         text = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         return f"KTransformers({text})" if text else "KTransformers"
     return spec
@@ -44,12 +47,25 @@ def flags(system: System, scene: Scene, bits: float, published: bool) -> dict[st
         return _llamacpp(system, scene, f"-np {together} -c {context * together}")
     if system.name == "KTransformers":
         limits = f"--max-running-requests {together} --context-length {context}"
+        if system.misses.prompts:
+            limits += f" --kt-gpu-prefill-token-threshold {PAYS * -(-scene.model.experts // scene.model.top_k)}"
         return {"KTransformers": _ktransformers(system, machine, scene.model.name, bits) + limits + UNTESTED}
-    if system.all_resident and published:
-        several = f" --tensor-parallel-size {machine.gpus}" if machine.gpus > 1 else ""
+    if system.all_resident and published and system.kernel != "esmm":
+        several = _vllm_parallel(system, scene) if machine.gpus > 1 else ""
         limits = f" --max-num-seqs {together} --max-model-len {context}"
         return {"vLLM": f"vllm serve {scene.model.name}{several}{limits}{UNTESTED}"}
     return {}
+
+
+def _vllm_parallel(system: System, scene: Scene) -> str:
+    parallel, gpus, experts = system.parallel, scene.machine.gpus, scene.model.experts
+    line = f" --{parallel.attention}-parallel-size {gpus}"
+    if parallel.experts == "expert":
+        line += " --enable-expert-parallel"
+    if parallel.placement == "balanced":
+        redundant = parallel.slots(experts, gpus) - experts
+        line += f" --enable-eplb --eplb-config.num_redundant_experts {redundant}"
+    return line
 
 
 def _llamacpp(system: System, scene: Scene, limits: str) -> dict[str, str]:

@@ -28,6 +28,8 @@ METRICS = (
     "lookups", "hits", "lates", "misses", "hit_rate", "late_rate", "miss_rate", "evictions", "host_experts",
     "h2d_bytes", "d2h_bytes", "nvme_bytes", "prefetch_bytes", "prefetch_useful_bytes", "prefetch_wasted_bytes",
     "prefetch_precision", "h2d_bytes_per_token", "stall_ms_per_token",
+    *(f"{kind}_num_requests_{what}" for what in ("waiting", "running") for kind in ("mean", "max")),
+    "usd_per_million_output_tokens", "usd_per_million_tokens", "joules_per_output_token",
 )  # fmt: skip
 AXES = ("trace", "policy", "settings", *ASKED)
 _TEXT = ("id", "status", "reason", "trace", "policy", "settings", "model_name", "limited_by", "summary")

@@ -1,13 +1,16 @@
-"""What to run a model on and how: a small space searched whole, but for what provably cannot win."""
+"""What to run a model on and how: a small space searched whole, but for what provably cannot win.
+
+Of a large one, and of systems composed anew, what Optuna draws (plan/draw.py).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moesim.engine.simulate import ceiling
 from moesim.errors import MoesimError, WorkloadError, nearest
@@ -17,16 +20,22 @@ from moesim.model import Model
 from moesim.model_error import ModelError, band, basis_of, model_error
 from moesim.plan.flags import as_it_fits, flags
 from moesim.policies import FCFS
-from moesim.question import ANCHORS, Question, Scene, anchor, predict_band, run
+from moesim.question import ANCHORS, Question, Scene, anchor, compose, predict_band, run
 from moesim.systems import System, load_system
 from moesim.trace import Trace
 from moesim.trace.assumed import local_routing, pool_routing
 
 # Systems that leave the model's outputs as they are and that engines anyone can download serve with (plan/flags.py);
-# KTransformers with no expert on the GPU, and with as many as fit.
-POLICIES = ("all-resident", "llama.cpp", "KTransformers", "KTransformers(gpu_experts=1024)")
+# KTransformers with no expert on the GPU, and with as many as fit; EPLB where there are several.
+POLICIES = (
+    "all-resident", "EPLB", "llama.cpp", "KTransformers(gpu_prefill=True)",
+    "KTransformers(gpu_experts=1024, gpu_prefill=True)",
+)  # fmt: skip
 OBJECTIVES = {"throughput": "output_throughput", "latency": "mean_tpot_ms", "cost": "usd_per_million_output_tokens"}
 ATTAINED = 0.9  # share of requests that must keep the SLOs
+TRIALS = 200  # ways that are looked at one by one; of more, so many are drawn
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,23 @@ class Choice:
     bits: float  # per weight, of experts and of the rest
     policy: str
     concurrency: int
+    settings: tuple[str, ...] = ()  # `part.field=value` of a policy composed anew
+
+    @property
+    def system(self) -> System:
+        return compose(self.policy, self.settings)
+
+
+class Space(NamedTuple):
+    """What is chosen from; every combination is a choice."""
+
+    machines: Sequence[Machine]
+    bits: Sequence[float]
+    policies: Sequence[str]
+    concurrency: Sequence[int]
+
+    def choices(self) -> list[Choice]:
+        return [Choice(*values) for values in product(*self)]
 
 
 @dataclass(frozen=True)
@@ -99,66 +125,124 @@ class _Asking:
         return Scene(self.trace(choice), self.question(choice))
 
 
+class Search:
+    """What is known of choices so far: rows of those simulated, and why others were left out."""
+
+    def __init__(self, asking: _Asking, prune: bool, advance: Callable[[], None]) -> None:
+        self.asking, self.prune, self.advance = asking, prune, advance
+        self.found: list[Row] = []
+        self.excluded: list[Row] = []
+        self.choice_of: dict[tuple[Any, ...], Choice] = {}
+        self._bounds: dict[tuple[Any, ...], Bound] = {}
+        self._known: dict[Choice, Row | None] = {}
+
+    def all_of(self, choices: Sequence[Choice]) -> None:
+        """Those that may be fastest first, so that they leave out the others."""
+        promises = [(*self.promise(choice), i, choice) for i, choice in enumerate(choices)]
+        for bound, out, _, choice in sorted(promises, key=lambda row: (-row[0].throughput, row[2])):
+            self._take(choice, bound, out)
+            self.advance()
+
+    def one(self, choice: Choice) -> Row | None:
+        """The row of `choice`; None where it was left out."""
+        choice = _settled(self.asking, choice)
+        if choice not in self._known:
+            self._take(choice, *self.promise(choice))
+        return self._known[choice]
+
+    def remember(self, choice: Choice, row: Row) -> None:
+        """What an earlier search found of `choice`."""
+        choice = _settled(self.asking, choice)
+        if choice not in self._known:
+            self._keep(choice, row)
+
+    def promise(self, choice: Choice) -> tuple[Bound, str | None]:
+        """What `choice` can be at best, or why it is out already."""
+        reason = _too_dear(choice, self.asking.asked)
+        return _bound(self.asking, choice, self._bounds) if reason is None else (NOTHING, reason)
+
+    def _take(self, choice: Choice, bound: Bound, reason: str | None) -> None:
+        row = None
+        if reason is None and self.prune:
+            reason = _cannot_win(bound, choice, self.found)
+        if reason is None:
+            row, reason = _simulated(self.asking, choice)
+        if row is not None:
+            self._keep(choice, row)
+            return
+        self._known[choice] = None
+        self.excluded.append(_named(choice) | {"reason": reason})
+
+    def _keep(self, choice: Choice, row: Row) -> None:
+        self._known[choice] = row
+        self.choice_of[tuple(_named(choice).values())] = choice
+        self.found.append(row)
+
+
 def plan(
     model: Model,
-    choices: Sequence[Choice],
+    space: Space,
     asked: Asked,
     prune: bool = True,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+    trials: int = TRIALS,
+    composed: Sequence[str] = (),
+    study: Path | None = None,
+) -> Row:
     """`candidates` (simulated, best first), `best`, `pareto` and `excluded` with reasons.
 
-    Those that may be fastest are simulated first. One is left out where what physics allows it at most is beaten in
-    throughput, TPOT and price by one already found: then neither the best nor the Pareto front can have it.
-    `prune=False` simulates them all.
+    Of a space of at most `trials` choices those that may be fastest are simulated first. One is left out where what
+    physics allows it at most is beaten in throughput, TPOT and price by one already found: then neither the best nor
+    the Pareto front can have it. `prune=False` simulates them all. Of a larger space `trials` are drawn, and as many of
+    the systems `composed` anew from the parts of those named; `study` is the file that keeps what was drawn.
     """
-    asking = _Asking(model, asked)
-    choice_of: dict[tuple[Any, ...], Choice] = {}
-    found: list[dict[str, Any]] = []
-    excluded: list[dict[str, Any]] = []
-    for bound, choice, out in _by_promise(asking, _different(asking, choices)):
-        choice_of[tuple(_named(choice).values())] = choice
-        row, reason = None, out
-        if reason is None and prune:
-            reason = _cannot_win(bound, choice, found)
-        if reason is None:
-            row, reason = _simulated(asking, choice)
-        if row is not None:
-            found.append(row)
-        else:
-            excluded.append(_named(choice) | {"reason": reason})
-        advance()
+    search = Search(_Asking(model, asked), prune, advance)
+    if len(choices := _different(search.asking, space.choices())) <= trials:
+        search.all_of(choices)
+    else:
+        _draw(search, space, trials, False, study)
+    if composed:
+        _draw(search, space._replace(policies=composed), trials, True, study)
+    return _answer(search)
+
+
+def _draw(search: Search, space: Space, trials: int, anew: bool, study: Path | None) -> None:
+    from moesim.plan.draw import draw
+
+    draw(search, space, trials, anew, study)
+
+
+def _answer(search: Search) -> Row:
+    asking, asked, found = search.asking, search.asking.asked, search.found
     found.sort(key=lambda row: _rank(row, asked))
     front = _pareto(found)
     best = found[0] if found and found[0]["keeps_slos"] else None
-    second = next(
-        (row for row in found if best and row["keeps_slos"] and _value(row, asked) != _value(best, asked)), None
-    )
+    kept = [row for row in found if row["keeps_slos"]]
+    second = next((row for row in kept if best and _value(row, asked) != _value(best, asked)), None)
+    # beside the best composed anew the best that is published, or the reverse
+    other = next((row for row in kept if best and bool(row["settings"]) != bool(best["settings"])), None)
     sure = {}
-    for row in [*front, *(row for row in (best, second) if row is not None and row not in front)]:
-        sure[id(row)] = _sure(row, asking, choice_of[tuple(_name_of(row).values())])
+    for row in [*front, *(row for row in (best, second, other) if row is not None and row not in front)]:
+        sure[id(row)] = _sure(row, asking, search.choice_of[tuple(_name_of(row).values())])
     if best is not None:
-        best |= _explained(asking, choice_of[tuple(_name_of(best).values())])
+        best |= _explained(asking, search.choice_of[tuple(_name_of(best).values())])
         best["difference"] = second and _difference(best, second, sure, asked)
+        best["over_published" if best["settings"] else "over_composed"] = other and _difference(
+            best, other, sure, asked
+        )
     return {
-        "model": model.name,
+        "model": asking.model.name,
         "objective": asked.objective,
         "workload": _workload(asking),
         "slos_ms": dict(asked.goodput),
         "best": best,
         "candidates": found,
         "pareto": [_name_of(row) for row in front],
-        "excluded": excluded,
+        "excluded": search.excluded,
     }
 
 
-def space(
-    machines: Sequence[Machine], bits: Sequence[float], policies: Sequence[str], concurrency: Sequence[int]
-) -> list[Choice]:
-    return [Choice(*values) for values in product(machines, bits, policies, concurrency)]
-
-
-def _workload(asking: _Asking) -> dict[str, Any]:
+def _workload(asking: _Asking) -> Row:
     asked = asking.asked
     drawn = {"routing": "synthetic: drawn, not recorded"}
     if asked.workload:
@@ -166,19 +250,15 @@ def _workload(asking: _Asking) -> dict[str, Any]:
     return {"prompt": asked.prompt, "output": asked.output} | drawn
 
 
-def _price(machine: Machine) -> float | None:
-    """$ per hour of all its GPUs."""
-    known = machine.prices.known
-    return None if known is None else known * machine.gpus
-
-
 def _different(asking: _Asking, choices: Sequence[Choice]) -> list[Choice]:
     """Once each: more bits than the model is published with are those, and engines have the flags that fit."""
-    native = round(asking.model.expert_bits, 2)
-    return list(dict.fromkeys(_settled(asking, replace(choice, bits=min(choice.bits, native))) for choice in choices))
+    return list(dict.fromkeys(_settled(asking, choice) for choice in choices))
 
 
 def _settled(asking: _Asking, choice: Choice) -> Choice:
+    choice = replace(choice, bits=min(choice.bits, round(asking.model.expert_bits, 2)))
+    if choice.settings:
+        return choice
     try:
         policy = as_it_fits(choice.policy, load_system(choice.policy), asking.scene(choice))
     except MoesimError:  # said again, as a reason, when it is asked for its bound
@@ -186,17 +266,18 @@ def _settled(asking: _Asking, choice: Choice) -> Choice:
     return replace(choice, policy=policy)
 
 
-def _named(choice: Choice) -> dict[str, Any]:
+def _named(choice: Choice) -> Row:
     return {
         "machine": choice.machine.name,
         "bits": choice.bits,
         "policy": choice.policy,
         "concurrency": choice.concurrency,
+        "settings": choice.settings,
     }
 
 
-def _name_of(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("machine", "bits", "policy", "concurrency")}
+def _name_of(row: Row) -> Row:
+    return {name: row[name] for name in ("machine", "bits", "policy", "concurrency", "settings")}
 
 
 # -- what cannot win ----------------------------------------------------------------------------------------------
@@ -213,22 +294,8 @@ class Bound:
 NOTHING, ANYTHING = Bound(0.0, math.inf), Bound(math.inf, 0.0)
 
 
-def _by_promise(asking: _Asking, choices: Sequence[Choice]) -> Iterator[tuple[Bound, Choice, str | None]]:
-    """(bound, choice, why it is out already), the most promising first."""
-    bounds: dict[tuple[Any, ...], Bound] = {}
-    rows: list[tuple[Bound, int, Choice, str | None]] = []
-    for i, choice in enumerate(choices):
-        reason = _too_dear(choice, asking.asked)
-        bound = NOTHING
-        if reason is None:
-            bound, reason = _bound(asking, choice, bounds)
-        rows.append((bound, i, choice, reason))
-    for bound, _, choice, reason in sorted(rows, key=lambda row: (-row[0].throughput, row[1])):
-        yield bound, choice, reason
-
-
 def _too_dear(choice: Choice, asked: Asked) -> str | None:
-    price, most = _price(choice.machine), asked.usd_per_hour
+    price, most = choice.machine.usd_per_hour, asked.usd_per_hour
     if price is None and (most is not None or asked.objective == "cost"):
         return "no price is known"
     if price is not None and most is not None and price > most:
@@ -243,7 +310,7 @@ def _bound(asking: _Asking, choice: Choice, known: dict[tuple[Any, ...], Bound])
     depends on the KV memory alone, not on how long steps take; and no step is quicker than its ceiling.
     """
     try:
-        system, scene = load_system(choice.policy), asking.scene(choice)
+        system, scene = choice.system, asking.scene(choice)
         ledger = scene.ledger(system)
         if ledger.verdict == "OOM":
             return NOTHING, f"OOM: {ledger.reason}"
@@ -272,19 +339,20 @@ def _has_bound(system: System, scene: Scene) -> bool:
     return same_work and same_batches and not scene.machine.profile
 
 
-def _no_dearer(row: dict[str, Any], machine: str, price: float | None) -> bool:
+def _no_dearer(row: Row, machine: str, price: float | None) -> bool:
     """An unknown price is only known to equal that of the same machine."""
     mine = row["usd_per_hour"]
     return row["machine"] == machine or (mine is not None and price is not None and mine <= price)
 
 
-def _cannot_win(bound: Bound, choice: Choice, found: Sequence[dict[str, Any]]) -> str | None:
+def _cannot_win(bound: Bound, choice: Choice, found: Sequence[Row]) -> str | None:
     """Which row with the SLOs kept is at least as good as `choice` can be in every respect, and better in one."""
     for row in found:
         throughput, tpot = row["output_throughput"], row["mean_tpot_ms"] or 0.0
         as_good = throughput >= bound.throughput and tpot <= bound.tpot_ms
         better = throughput > bound.throughput or tpot < bound.tpot_ms
-        if row["keeps_slos"] and as_good and better and _no_dearer(row, choice.machine.name, _price(choice.machine)):
+        no_dearer = _no_dearer(row, choice.machine.name, choice.machine.usd_per_hour)
+        if row["keeps_slos"] and as_good and better and no_dearer:
             return (
                 f"cannot win: {bound.throughput:.4g} tok/s and {bound.tpot_ms:.3g} ms a token at its physical ceiling, "
                 f"and {row['policy']} on {row['machine']} at {row['bits']:g} bits is better and costs no more"
@@ -292,13 +360,13 @@ def _cannot_win(bound: Bound, choice: Choice, found: Sequence[dict[str, Any]]) -
     return None
 
 
-def _pareto(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pareto(rows: Sequence[Row]) -> list[Row]:
     """Rows that no other beats in throughput, TPOT and price at once; of those that keep the SLOs, if any do."""
     rows = [row for row in rows if row["keeps_slos"]] or list(rows)
     return [row for row in rows if not any(_beats(other, row) for other in rows)]
 
 
-def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _beats(one: Row, other: Row) -> bool:
     if not _no_dearer(one, other["machine"], other["usd_per_hour"]):
         return False
     throughput = one["output_throughput"] - other["output_throughput"]
@@ -310,23 +378,22 @@ def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
 # -- what is simulated --------------------------------------------------------------------------------------------
 
 
-def _simulated(asking: _Asking, choice: Choice) -> tuple[dict[str, Any] | None, str | None]:
+def _simulated(asking: _Asking, choice: Choice) -> tuple[Row | None, str | None]:
     try:
         question = asking.question(choice)
-        summary = run(asking.trace(choice), choice.policy, question, anchors=False, shown=False).summary
+        summary = run(asking.trace(choice), choice.system, question, anchors=False, shown=False).summary
     except MoesimError as error:
         return None, str(error)
     m = summary["metrics"]
     if not m or summary["status"] == "OOM":
         return None, f"{summary['status']}: {summary['status_reason']}"
-    price = _price(choice.machine)
     return _named(choice) | {
         "status": summary["status"],
         "output_throughput": m["output_throughput"],
         "mean_ttft_ms": m["mean_ttft_ms"],
         "mean_tpot_ms": m["mean_tpot_ms"],
-        "usd_per_hour": price,
-        "usd_per_million_output_tokens": price and price / m["output_throughput"] / 3600 * 1e6,
+        "usd_per_hour": choice.machine.usd_per_hour,
+        "usd_per_million_output_tokens": m["usd_per_million_output_tokens"],
         "limited_by": summary["bottleneck"]["explanation"],
         "costs": summary["inputs"]["costs"],
         "keeps_slos": m.get("slo_attainment", 1.0) >= ATTAINED,
@@ -334,13 +401,13 @@ def _simulated(asking: _Asking, choice: Choice) -> tuple[dict[str, Any] | None, 
     }, None
 
 
-def _value(row: dict[str, Any], asked: Asked) -> float:
+def _value(row: Row, asked: Asked) -> float:
     """What the objective goes by, less being better."""
     value = float(row[OBJECTIVES[asked.objective]] or 0.0)
     return -value if asked.objective == "throughput" else value
 
 
-def _rank(row: dict[str, Any], asked: Asked) -> tuple[float, ...]:
+def _rank(row: Row, asked: Asked) -> tuple[float, ...]:
     """By the objective; equal ones by the other respects, so that no row comes before one that beats it."""
     price = math.inf if row["usd_per_hour"] is None else row["usd_per_hour"]
     others = -row["output_throughput"], row["mean_tpot_ms"] or 0.0, price
@@ -350,9 +417,9 @@ def _rank(row: dict[str, Any], asked: Asked) -> tuple[float, ...]:
 # -- how sure, and why --------------------------------------------------------------------------------------------
 
 
-def _sure(row: dict[str, Any], asking: _Asking, choice: Choice) -> tuple[list[dict[str, Any]], ModelError]:
+def _sure(row: Row, asking: _Asking, choice: Choice) -> tuple[list[Row], ModelError]:
     """Add P10 to P90 and the flags; return the metrics at each end of the costs' bands, and the model's error."""
-    system = load_system(choice.policy)
+    system = choice.system
     error = model_error(basis_of(asking.scene(choice).machine, system))
     _, (middle, *ends), _ = predict_band(asking.trace(choice), system, asking.question(choice))
     row["p10_p90"] = band(middle["output_throughput"], [end["output_throughput"] for end in ends], error)
@@ -362,12 +429,7 @@ def _sure(row: dict[str, Any], asking: _Asking, choice: Choice) -> tuple[list[di
     return ends, error
 
 
-def _difference(
-    best: dict[str, Any],
-    second: dict[str, Any],
-    sure: dict[int, tuple[list[dict[str, Any]], ModelError]],
-    asked: Asked,
-) -> dict[str, Any]:
+def _difference(best: Row, second: Row, sure: dict[int, tuple[list[Row], ModelError]], asked: Asked) -> Row:
     """How much better the best is than the next in the objective, relative, and whether that exceeds what is unsure.
 
     On one machine the same costs move for both, and the model errs alike, so that what they have in common cancels; the
@@ -385,9 +447,9 @@ def _difference(
     return {"of": _name_of(second), "value": ratio - 1, "p10": low - 1, "p90": high - 1, "exceeds": low > 1}
 
 
-def _explained(asking: _Asking, choice: Choice) -> dict[str, Any]:
+def _explained(asking: _Asking, choice: Choice) -> Row:
     """The anchors, the ceiling and the memory of the best, on all the requests it was planned with."""
-    scene, system = asking.scene(choice), load_system(choice.policy)
+    scene, system = asking.scene(choice), choice.system
     ledger, under = scene.ledger(system), scene.under(system)
     top = ceiling(under.setting(system, ledger), hosted=system.misses.may_host)
     return {

@@ -120,6 +120,20 @@ def test_another_kernel_answers_where_the_first_was_not_measured() -> None:
     assert costs.gemm(1024, 4096 * 4096, 0.0, depth=4096) == fitted(gemms()).gemm(1024, 4096 * 4096, 0.0, depth=4096)
 
 
+def test_a_part_made_faster_speeds_up_what_it_limits_and_no_fixed_cost() -> None:
+    box = machine()
+    faster = replace(box, measured_on=box, gpu=replace(box.gpu, hbm_gbps=2 * box.gpu.hbm_gbps), pcie=replace(
+        box.pcie, gbps=2 * box.pcie.gbps
+    ))  # fmt: skip
+    curves = fit_rows([*gemms(), *copies()])
+    costs = Fitted(faster, Profile("box", META, (), curves))
+    assert costs.gemm(1, 4096 * 16384, 0.0, depth=4096) == pytest.approx(1e-5 + 4096 * 16384 / 1e12, rel=0.03)
+    assert costs.copy(1 << 28) == pytest.approx(1e-5 + (1 << 28) / 4e10, rel=0.02)
+    assert costs.copy_gbps == pytest.approx(40, rel=0.02)
+    as_measured = Fitted(replace(box, measured_on=box), Profile("box", META, (), curves))
+    assert as_measured.gemm(1, 4096 * 16384, 0.0, depth=4096) == fitted(gemms()).gemm(1, 4096 * 16384, 0.0, depth=4096)
+
+
 def test_copies_and_the_rates_they_share() -> None:
     costs = fitted(copies())
     assert costs.copy(1 << 24) == pytest.approx(1e-5 + (1 << 24) / 2e10, rel=0.02)

@@ -18,7 +18,7 @@ from moesim.metrics import throughput_metrics
 from moesim.model import load_model
 from moesim.plan import search
 from moesim.plan.flags import flags
-from moesim.plan.search import POLICIES, Asked, plan, space
+from moesim.plan.search import POLICIES, Asked, Space, plan
 from moesim.question import Question, Scene, run
 from moesim.systems import load_system
 from moesim.trace.assumed import distinct_routing, pool_routing
@@ -44,7 +44,7 @@ def drawn(seed):
         machines[1] = replace(machines[1], gpu=slow)
     policies = rng.sample([*POLICIES, "LRU", "Fiddler", "on-demand", "oracle", "MoE-Infinity"], 3)
     concurrency = sorted(rng.sample([1, 2, 3], 2))
-    choices = space(machines, rng.sample([4.85, 8.5, 32.0], 2), policies, concurrency)
+    choices = Space(machines, rng.sample([4.85, 8.5, 32.0], 2), policies, concurrency)
     goodput = rng.choice([(), (("tpot", rng.choice([0.5, 1.0, 3.0])),), (("ttft", rng.choice([1.0, 5.0])),)])
     return choices, Asked(4, 6, goodput, rng.choice(["throughput", "latency", "cost"]), seed=1)
 
@@ -85,8 +85,11 @@ def test_pruning_never_discards_the_winner_nor_any_of_the_front(seed, unexplaine
 def test_no_candidate_exceeds_its_bound(seed, unexplained):
     choices, asked = drawn(seed)
     asking = search._Asking(MODEL, replace(asked, objective="latency"))
-    promises = search._by_promise(asking, search._different(asking, choices))
-    bounds = {tuple(search._named(choice).values()): bound for bound, choice, _ in promises}
+    known = search.Search(asking, True, lambda: None)
+    bounds = {
+        tuple(search._named(choice).values()): known.promise(choice)[0]
+        for choice in search._different(asking, choices.choices())
+    }
     rows = plan(MODEL, choices, asking.asked, prune=False)["candidates"]
     assert any(math.isfinite(bounds[tuple(search._name_of(row).values())].throughput) for row in rows)
     for row in rows:
@@ -119,13 +122,13 @@ def test_measured_curves_and_requests_that_arrive_in_time_have_no_bound(tmp_path
 
 
 def test_one_request_at_a_time_is_on_the_front_for_its_tpot():
-    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident"], [1, 3]), Asked(4, 6))
+    result = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident"], [1, 3]), Asked(4, 6))
     assert result["best"]["concurrency"] == 3 and [row["concurrency"] for row in result["pareto"]] == [3, 1]
 
 
 def test_an_unknown_price_is_not_free():
     cheap, unpriced = machine("l4", 4000), machine("rtx-4090", 4000)
-    result = plan(MODEL, space([cheap, unpriced], [32.0], ["all-resident"], [1]), Asked(4, 6))
+    result = plan(MODEL, Space([cheap, unpriced], [32.0], ["all-resident"], [1]), Asked(4, 6))
     assert {row["machine"] for row in result["pareto"]} == {cheap.name, unpriced.name}
 
 
@@ -133,7 +136,7 @@ def test_a_workload_file_is_planned_for(tmp_path):
     requests = tmp_path / "requests.csv"
     requests.write_text("arrival_s,prompt_tokens,output_tokens\n0,4,6\n0,8,3\n0.5,5,2\n")
     asked = Asked(workload=requests, num_prompts=2)
-    best = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident"], [1, 2]), asked)["best"]
+    best = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident"], [1, 2]), asked)["best"]
     question = Question(
         model=MODEL, machine=machine("l4", 4000), workload=requests, num_prompts=2, max_concurrency=best["concurrency"]
     )
@@ -144,18 +147,18 @@ def test_a_workload_file_is_planned_for(tmp_path):
 def test_a_dear_machine_that_is_worse_in_all_is_left_out():
     good, poor = machine("h100", 4000), machine("l4", 4000)
     poor = replace(poor, gpu=replace(poor.gpu, hbm_gbps=0.01), prices=replace(poor.prices, usd_per_hour=100.0))
-    result = plan(MODEL, space([good, poor], [32.0], ["all-resident"], [2]), Asked(4, 6))
+    result = plan(MODEL, Space([good, poor], [32.0], ["all-resident"], [2]), Asked(4, 6))
     assert "cannot win" in result["excluded"][0]["reason"] and len(result["candidates"]) == 1
 
 
 def test_systems_that_change_outputs_are_never_left_out_by_a_bound():
-    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "eMoE"], [1]), Asked(4, 6))
+    result = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "eMoE"], [1]), Asked(4, 6))
     assert len(result["candidates"]) == 2
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_the_best_comes_with_its_band_anchors_and_flags(concurrency):
-    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["LRU", "llama.cpp"], [concurrency]), Asked(4, 6))
+    result = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["LRU", "llama.cpp"], [concurrency]), Asked(4, 6))
     best = result["best"]
     low, high = best["p10_p90"]
     assert low < best["output_throughput"] < high
@@ -167,9 +170,9 @@ def test_the_best_comes_with_its_band_anchors_and_flags(concurrency):
 
 
 def test_the_next_best_and_whether_costs_may_turn_them_round():
-    alike = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "llama.cpp"], [1]), Asked(4, 6))
+    alike = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "llama.cpp"], [1]), Asked(4, 6))
     assert alike["best"]["difference"] is None  # both are the same, so nothing is behind
-    apart = plan(MODEL, space([machine("l4", 4000)], [32.0], ["all-resident", "on-demand"], [1]), Asked(4, 6))
+    apart = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "on-demand"], [1]), Asked(4, 6))
     gap = apart["best"]["difference"]
     assert gap["of"]["policy"] == "on-demand" and 0 < gap["p10"] < gap["value"] < gap["p90"] and gap["exceeds"]
 
@@ -177,7 +180,7 @@ def test_the_next_best_and_whether_costs_may_turn_them_round():
 @pytest.mark.parametrize("objective", ["throughput", "latency", "cost"])
 def test_costs_that_both_have_in_common_cancel_out(objective):
     """The band of the gap is that of the ratio, and narrower than what both bands would make of it."""
-    choices = space([machine("l4", 4000)], [32.0, 8.5], ["all-resident"], [1])
+    choices = Space([machine("l4", 4000)], [32.0, 8.5], ["all-resident"], [1])
     result = plan(MODEL, choices, Asked(4, 6, objective=objective), prune=False)
     best, gap = result["best"], result["best"]["difference"]
     second = next(row for row in result["candidates"] if search._name_of(row) == gap["of"])
@@ -189,11 +192,18 @@ def test_costs_that_both_have_in_common_cancel_out(objective):
 
 
 def test_several_gpus_are_planned_for_where_they_can_serve():
-    choices = space([load_machine("2xh100-sxm")], [32.0], ["all-resident", "LRU"], [2])
+    choices = Space([load_machine("2xh100-sxm")], [32.0], ["all-resident", "LRU"], [2])
     result = plan(MODEL, choices, Asked(4, 6))
     assert result["best"]["policy"] == "all-resident" and "--tensor-parallel-size 2" in result["best"]["flags"]["vLLM"]
     assert result["best"]["usd_per_hour"] == 2 * load_machine("h100-sxm").prices.known
     assert "one GPU" in result["excluded"][0]["reason"]
+
+
+def test_eplb_on_one_gpu_is_all_resident_and_on_several_has_flags():
+    alone = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "EPLB"], [1]), Asked(4, 6))
+    assert [row["policy"] for row in alone["candidates"]] == ["all-resident"]
+    line = plan(MODEL, Space([load_machine("2xh100-sxm")], [32.0], ["EPLB"], [2]), Asked(4, 6))["best"]["flags"]["vLLM"]
+    assert "--data-parallel-size 2 --enable-expert-parallel --enable-eplb" in line and "redundant_experts 2 " in line
 
 
 def test_experts_kept_on_the_gpu_are_in_the_flags():
@@ -228,7 +238,7 @@ def test_dense_layers_count_in_llama_cpp_and_not_in_moesim():
 
 
 def test_systems_nobody_can_download_have_no_line():
-    result = plan(MODEL, space([machine("l4", 4000)], [32.0], ["LRU", "Fiddler"], [1]), Asked(4, 6))
+    result = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["LRU", "Fiddler"], [1]), Asked(4, 6))
     assert result["best"]["flags"] == {} and not {"LRU", "Fiddler"} & set(POLICIES)
 
 
@@ -245,16 +255,16 @@ def test_a_budget_chooses_machines():
 
 
 def test_more_bits_than_published_are_one_choice():
-    result = plan(MODEL, space([machine("l4", 4000)], [64.0, 99.0], ["all-resident"], [1]), Asked(4, 6))
+    result = plan(MODEL, Space([machine("l4", 4000)], [64.0, 99.0], ["all-resident"], [1]), Asked(4, 6))
     assert len(result["candidates"]) == 1 and result["best"]["bits"] == round(MODEL.expert_bits, 2)
 
 
 def test_money_excludes_with_a_reason():
     dear, unpriced = load_machine("h100"), load_machine("rtx-4090")
-    result = plan(MODEL, space([dear, unpriced], [32.0], ["all-resident"], [1]), Asked(4, 6, usd_per_hour=0.5))
+    result = plan(MODEL, Space([dear, unpriced], [32.0], ["all-resident"], [1]), Asked(4, 6, usd_per_hour=0.5))
     assert result["best"] is None and not result["candidates"]
     reasons = {row["machine"]: row["reason"] for row in result["excluded"]}
-    low = plan(MODEL, space([load_machine("l40s")], [32.0], ["all-resident"], [1]), Asked(4, 6, objective="cost"))
+    low = plan(MODEL, Space([load_machine("l40s")], [32.0], ["all-resident"], [1]), Asked(4, 6, objective="cost"))
     assert low["best"]["usd_per_hour"] == load_machine("l40s").prices.usd_per_hour_low
     assert "over the budget" in reasons["h100-sxm"] and "no price is known" in reasons["rtx-4090"]
 
