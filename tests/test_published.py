@@ -32,7 +32,7 @@ def written(path: Path, *rows: dict[str, str]) -> Path:
 
 def test_shipped_cases_are_read_and_each_has_a_source():
     cases = read_cases(SHIPPED)
-    assert len(cases) == 233 and all(case.source and case.value > 0 for case in cases)
+    assert len(cases) == 236 and all(case.source and case.value > 0 for case in cases)
     two = next(case for case in cases if case.id == "ktv3-12")
     assert two.model.top_k == 6 and two.machine.host.sockets == 2 and two.machine.host.numa_duplicated
 

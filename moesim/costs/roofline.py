@@ -49,7 +49,7 @@ class Roofline:
         self._hbm = gpu.hbm_gbps * 1e9
         self._flops = gpu.tflops * 1e12
         self._flops8 = (gpu.fp8_tflops or gpu.tflops) * 1e12
-        self._gweights = e.core_gweights * (1.0 if repacked else e.core_plain)
+        self._plain = 1.0 if repacked else e.core_plain
         self._eager = 0.0 if graph else e.eager_us * 1e-6
         share = {"desktop": e.dram_desktop, "workstation": e.dram_workstation, "server": e.dram_server}
         numa = (e.numa_duplicated if host.numa_duplicated else e.numa_split) ** math.log2(host.sockets)
@@ -141,7 +141,8 @@ class Roofline:
         """One expert on the CPU: reading it from DRAM or unpacking and multiplying it, whichever takes longer."""
         if not tokens:
             return 0.0
-        per_weight = 1 / self._gweights + 2 * tokens / self._core_gflops
+        unpacked = self.terms.core_gweights * (self._plain if nbytes < 2 * params else 1.0)  # 16 bits are as they are
+        per_weight = 1 / unpacked + 2 * tokens / self._core_gflops
         return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / self._cores)
 
     def handoff(self) -> float:
