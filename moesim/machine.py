@@ -5,6 +5,7 @@ Memory is in bytes, rates in decimal GB/s (bytes per ns), tensor rates in dense 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -81,7 +82,8 @@ class Machine:
 
     assumed: what no source states; efficiencies: terms measured on this machine, which then have no band; profile: name
     or directory of the profile its costs come from, "" for the specification sheet; measured_on: the machine as it was
-    when that was measured, where a part has been made faster since.
+    when that was measured, where a part has been made faster since; others: whose GPUs stand beside the first, where
+    they are not alike (their hosts count for nothing).
     """
 
     name: str
@@ -98,6 +100,7 @@ class Machine:
     source: str = ""
     profile: str = ""
     measured_on: Machine | None = None
+    others: tuple[Machine, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values."""
@@ -106,13 +109,21 @@ class Machine:
     @property
     def usd_per_hour(self) -> float | None:
         """Of all its GPUs; None where no price is known."""
-        return None if self.prices.known is None else self.prices.known * self.gpus
+        known = [machine.prices.known for machine in self.each]
+        return None if None in known else math.fsum(price or 0.0 for price in known)
+
+    @property
+    def each(self) -> list[Machine]:
+        """A machine for every GPU: this one for those alike, then the others."""
+        return [self] * (self.gpus - len(self.others)) + list(self.others)
 
     @property
     def summary(self) -> str:
         """One line: `1 x rtx-4090, 24 GiB at 1008 GB/s; host 128 GiB at 77 GB/s; PCIe 25.5 GB/s`."""
         gpu, host = self.gpu, self.host
-        text = f"{self.gpus} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        text = f"{self.gpus - len(self.others)} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        for other in self.others:
+            text += f" + {other.gpu.name}, {format_size(other.gpu.memory_bytes)} at {other.gpu.hbm_gbps:g} GB/s"
         if self.unified:
             return f"{text}, shared with {host.cores} CPU cores"
         host_text = f"host {format_size(host.memory_bytes)} at {host.dram_gbps:g} GB/s, {host.cores} cores"
@@ -122,11 +133,13 @@ class Machine:
 def load_machine(spec: str | Path) -> Machine:
     """A machine of the catalogue by name or alias, a YAML or JSON file that changes one, or a profile's machine.
 
-    `8xh200` is the host of that machine with eight of its GPUs.
+    `8xh200` is the host of that machine with eight of its GPUs, `rtx-4090+rtx-3090` that of the first with one of each.
 
     Raises MachineError for an unknown name, an unreadable file, or a value that cannot be.
     """
     text = str(spec)
+    if "+" in text and not Path(text).exists():
+        return _unlike([load_machine(one) for one in text.split("+")], text)
     if several := _SEVERAL.match(text):
         gpus, one = int(several[1]), load_machine(several[2])
         if not 1 <= gpus <= MAX_GPUS or one.gpus > 1 or one.unified:
@@ -153,6 +166,15 @@ def load_machine(spec: str | Path) -> Machine:
         raise MachineError(f"machine '{text}': not in the catalogue{hint} (or write a YAML file)")
     machine = known[names[_key(text)]]
     return replace(machine, profile=_shipped_profiles().get(machine.name, ""))
+
+
+def _unlike(machines: list[Machine], text: str) -> Machine:
+    """The first one's host with all their GPUs; those that are as the first are counted, not listed."""
+    ones = [replace(m, gpus=1, name=m.name.removeprefix(f"{m.gpus}x")) for m in machines for _ in range(m.gpus)]
+    if any(m.unified or m.others for m in ones) or len(ones) > MAX_GPUS:
+        raise MachineError(f"machine '{text}': write up to {MAX_GPUS} GPUs of machines with a PCIe link, joined by +")
+    others = tuple(m for m in ones if m != ones[0])
+    return replace(ones[0], name="+".join(m.name for m in machines), gpus=len(ones), others=others)
 
 
 @cache
@@ -222,7 +244,8 @@ def _from_row(row: dict[str, str], host: dict[str, str], links: dict[str, Link])
 
 
 def priced(machine: Machine, prices: dict[str, Prices]) -> Machine:
-    """`machine` at the price of its name, else of its GPU's, else as it is."""
+    """`machine` at the price of its name, else of its GPU's, else as it is; unlike GPUs each at its own."""
+    machine = replace(machine, others=tuple(priced(other, prices) for other in machine.others))
     return replace(machine, prices=prices.get(machine.name) or prices.get(machine.gpu.name) or machine.prices)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moesim import __version__, metrics
 from moesim.costs.fitted import Fitted, costs_of
 from moesim.costs.roofline import Roofline
-from moesim.costs.shard import shard
+from moesim.costs.shard import slices
 from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
 from moesim.engine.serve import Limits
@@ -21,7 +21,7 @@ from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, sim
 from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
 from moesim.machine import Machine, load_machine
-from moesim.memory import Ledger, plan_memory
+from moesim.memory import Ledger, largest_expert, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
 from moesim.policies.own import is_own
@@ -225,20 +225,39 @@ class Scene:
 
     def _ledger(self, system: System, sequences: int) -> Ledger:
         """Of one GPU that serves so many sequences."""
-        q, requests, parallel, gpus = self.question, self.workload.requests, system.parallel, self.machine.gpus
+        parallel, gpus = system.parallel, self.machine.gpus
         model, held = self._served(system), None
         if gpus > 1:
             if not system.all_resident:
                 raise PolicyError(
                     f"{system.name} on {self.machine.name}: an expert cache needs a machine with one GPU; several take "
-                    "all-resident or EPLB"
+                    "all-resident, EPLB or HEXA-MoE"
                 )
-            tensor = parallel.attention == "tensor"
-            model = shard(model, gpus, tensor, parallel.experts == "tensor")
-            held = model.experts if parallel.experts == "tensor" else parallel.slots(model.experts, gpus) // gpus
+            held = model.experts if parallel.sliced else parallel.slots(model.experts, gpus) // gpus
+        plans = [self._plan(system, sequences, *part, held) for part in self._parts(system, model)]
+        return min(plans, key=lambda plan: plan.gpu["free"])
+
+    def _parts(self, system: System, model: Model) -> list[tuple[Machine, Model]]:
+        """(machine with its GPU, its slice of the model) of each GPU that is unlike those before it."""
+        machine, parallel = self.machine, system.parallel
+        if machine.gpus == 1:
+            return [(machine, model)]
+        costs = [self.costs(graph=system.graph)] * (machine.gpus - len(machine.others)) + self._others(
+            graph=system.graph
+        )
+        _, models = slices(model, costs, parallel.shares, parallel.attention == "tensor", parallel.sliced)
+        gpus = [machine.gpu] * (machine.gpus - len(machine.others)) + [other.gpu for other in machine.others]
+        return list(dict.fromkeys((replace(machine, gpu=g), m) for g, m in zip(gpus, models, strict=True)))
+
+    def _plan(self, system: System, sequences: int, machine: Machine, model: Model, held: int | None) -> Ledger:
+        """Of one GPU. One that gathers experts keeps room for a whole layer of them."""
+        q, requests = self.question, self.workload.requests
+        scratch = system.scratch_slots(self.trace.top_k, self.trace.info.experts)
+        if machine.gpus > 1 and system.parallel.gathers:
+            scratch = -(-model.experts * largest_expert(self._served(system)) // largest_expert(model))
         return plan_memory(
             model,
-            self.machine,
+            machine,
             expert_memory=None if system.all_resident or not system.cache else q.expert_memory,
             slots_per_layer=None if system.all_resident or not system.cache else q.slots_per_layer,
             max_sequences=sequences,
@@ -246,7 +265,7 @@ class Scene:
             max_batch_tokens=self._step_tokens(sequences),
             all_resident=system.all_resident,
             cache=system.cache,
-            scratch_experts=system.scratch_slots(self.trace.top_k, self.trace.info.experts),
+            scratch_experts=scratch,
             experts_held=held,
         )
 
@@ -260,11 +279,21 @@ class Scene:
             self._costs[scale, graph] = costs_of(self.machine, scale, graph)
         return self._costs[scale, graph]
 
+    def _others(self, scale: str = "default", graph: bool = True) -> list[Roofline]:
+        """Costs of the GPUs that are unlike the first."""
+        return [costs_of(other, scale, graph) for other in self.machine.others]
+
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
         costs = self.costs(scale, system.graph)
-        # Where absent experts run on the CPU, the hand-off brings the routing down; nothing else asks for it.
-        offloaded = not system.all_resident and system.misses.rule != "host"
+        pinned = system.placement.pinned and ledger.expert_bytes >= self._served(system).total_expert_bytes
+        held = system.all_resident or pinned  # nothing is ever absent
+        changing = system.cache and not system.placement.pinned
+
+        def offloaded(prompts: bool, tokens: int) -> bool:
+            # Where absent experts run on the CPU, the hand-off brings the routing down; only a changing cache asks too.
+            return not held and (changing or system.misses.rule_of(prompts, tokens) != "host")
+
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)
@@ -287,6 +316,10 @@ class Scene:
             host_bytes=ledger.host_expert_bytes,
             seed=q.seed,
             gpus=self.machine.gpus,
+            others=tuple(
+                CostTable(self._served(system), one.machine, one, offloaded, system.kernel)
+                for one in self._others(scale, system.graph)
+            ),
         )
 
     def _apart(self, system: System) -> int:

@@ -174,7 +174,7 @@ def page(tmp_path, monkeypatch):
 
 
 def settled(app):
-    for _ in range(100):
+    for _ in range(400):
         assert not app.exception, app.exception
         if "jobs" not in app.session_state or not any(job.running for job in app.session_state["jobs"].values()):
             return app.run()

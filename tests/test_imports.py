@@ -22,7 +22,7 @@ ROOMS = [
     ["policies"],
     ["transforms"],
     ["systems", "placement_files"],
-    ["records"],
+    ["packing", "records"],
     ["engine"],
     ["metrics", "timeline", "plots", "run_figures", "profile_plots", "contracts"],
     ["question"],

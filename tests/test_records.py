@@ -40,7 +40,7 @@ def test_times_of_layers_take_a_tenth_of_their_numbers():
     rng, rows = np.random.default_rng(0), 50_000
     took = rng.choice([40_000, 41_000, 1_200_000], size=rows)
     end = np.cumsum(took)
-    table = Table(("layer", "start", "end"))
+    table = Table(("layer", "start", "end"), ("start", "end"))
     table.extend(np.stack([np.arange(rows) % 32, end - took, end], axis=1))
-    held = sum(len(packed.steps) for _, columns in table._blocks for packed in columns)
+    held = sum(packed.nbytes for _, columns in table._blocks for packed in columns)
     assert held < 3 * 8 * rows / 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +24,9 @@ Prefill = Sequence[tuple[int, int]]
 class LayerCosts:
     """Costs of a model's layers, computed once per kind of layer: full, windowed or no attention; MoE or dense."""
 
-    def __init__(self, model: Model, costs: Roofline, offloaded: bool) -> None:
+    def __init__(self, model: Model, costs: Roofline, offloaded: Callable[[bool, int], bool]) -> None:
         self._model, self._costs = model, costs
-        self._route = costs.routing() if offloaded else 0.0
+        self._offloaded, self._route = offloaded, costs.routing()
         self.layer_bits, self.head_bits = weight_bits(model)
         self._attention_params = model.attention_params(model.kv_layers[0]) if model.kv_layers else 0
         stateful = model.layers - len(model.kv_layers)
@@ -68,7 +68,7 @@ class LayerCosts:
         windowed = full
         if self._model.sliding_window:
             windowed = self._attention(prefill, decode_context, self._model.sliding_window)
-        return self._by_kind(tokens, len(decode_context) + len(prefill), full, windowed)
+        return self._by_kind(tokens, len(decode_context) + len(prefill), full, windowed, prompts=True)
 
     def passes_ns(self, contexts: Sequence[int], passes: int) -> NDArray[np.int64]:
         """The same for passes in which sequences decode one token each, from `contexts` on: [passes, kinds]."""
@@ -95,9 +95,11 @@ class LayerCosts:
             known = self._decoded[key] = self._by_kind(count, count, full, windowed)
         return known
 
-    def _by_kind(self, tokens: int, sequences: int, full: Any, windowed: Any) -> list[Any]:
+    def _by_kind(self, tokens: int, sequences: int, full: Any, windowed: Any, prompts: bool = False) -> list[Any]:
         """ns of every kind of layer; of many steps where `full` and `windowed`, seconds of attention, are arrays."""
         attending, stateful, dense, moe = self._linear.get(tokens) or self._weights(tokens)
+        if self._offloaded(prompts, tokens):
+            moe += self._route
         full, windowed = attending + full, attending + windowed
         if self._state_bytes:
             stateful += self._costs.attention(2 * sequences * self._state_bytes, 0)
@@ -112,7 +114,7 @@ class LayerCosts:
         extra = self._gemm(tokens, self._extra_params, 2)
         on_all = len(model.kv_layers) == model.layers
         router = costs.gemm(tokens, model.router_params, model.router_params * self.head_bits / 8, self.head_bits)
-        moe = router + self._gemm(tokens, model.shared_params, 2) + self._route
+        moe = router + self._gemm(tokens, model.shared_params, 2)
         parts = (
             small + mixer + (extra if on_all else 0.0),
             small + extra,

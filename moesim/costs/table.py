@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.costs.ceiling import ceiling_seconds
+from moesim.costs.esmm import grouped_seconds as esmm_seconds
 from moesim.costs.layers import ACTIVATION_BYTES, LayerCosts
 from moesim.costs.loop import active_seconds, all_seconds
 from moesim.costs.roofline import Roofline
@@ -33,6 +34,7 @@ KERNELS: dict[str, Callable[[Roofline, Model, int, int, float, float], float]] =
     "grouped": _grouped,
     "samoyeds": grouped_seconds,
     "sparse24": sparse24_seconds,
+    "esmm": esmm_seconds,
     "loop": active_seconds,
     "loop-all": all_seconds,
 }
@@ -42,13 +44,15 @@ class CostTable:
     """Costs of `model` on one device of `machine` with the primitives `costs`; the same question has the same answer.
 
     offloaded: the host follows the routing, as every expert cache must, which costs each MoE layer a synchronisation;
+    asked with whether a pass holds prompt tokens, and how many tokens, where that matters;
     False when all experts are resident. Per-expert costs are those of the model's average expert. kernel: which one
     computes experts on the device.
     """
 
     def __init__(
-        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool = True, kernel: str = "grouped"
-    ) -> None:
+        self, model: Model, machine: Machine, costs: Roofline, offloaded: bool | Callable[[bool, int], bool] = True,
+        kernel: str = "grouped",
+    ) -> None:  # fmt: skip
         costs = costs.serving(model)
         self.model, self.machine, self.costs = model, machine, costs
         self.label = costs.label
@@ -58,7 +62,7 @@ class CostTable:
         self.copy_rate, self.read_rate, self.host_rate = costs.copy_gbps, costs.read_gbps, costs.host_gbps
         self.handoff_ns = ns(costs.handoff())
         self._experts = KERNELS[kernel]
-        self._layers = LayerCosts(model, costs, offloaded)
+        self._layers = LayerCosts(model, costs, (lambda *_: offloaded) if isinstance(offloaded, bool) else offloaded)
         self._expert_bytes = model.total_expert_bytes / (model.experts * len(model.moe_layers))
         self._grouped: dict[tuple[int, int, float | None], int] = {}
         self._host: dict[tuple[int, float | None], int] = {}

@@ -73,6 +73,7 @@ class Device:
         self._knowledge, self._records = knowledge, records
         self._layers = trace.layers
         self._substituting = system.misses.substitutes
+        self._rule = system.misses.rule  # of the present pass
         self._levels = system.misses.rule == "precision"
         self._arrived: deque[Entry] = deque()  # landed, not computed yet
         self._outstanding = self._hosting = 0  # copies and host experts under way that a layer waits for
@@ -148,6 +149,7 @@ class Device:
         """Run one forward pass; returns when its last layer has ended."""
         env, spent, detail = self._env, self.counts.spent, self._records.detail
         rows, next_rows = batch.rows_of(i), batch.next_rows_of(i)
+        self._rule = self._system.misses.rule_of(bool(batch.prefill), len(rows))
         chosen = self._by_layer(self._trace.experts, rows)
         ahead = self._by_layer(self._knowledge.next_use, rows)
         believed = [
@@ -353,6 +355,7 @@ class Device:
         resident: list[Entry] = []
         late: list[Copy] = []
         misses: list[Copy] = []
+        lates = 0
         tick = memory.tick
         for expert, tokens in wanted.items():
             tick += 1
@@ -370,6 +373,11 @@ class Device:
             if copy is None:
                 copy = self.memory.copy(layer, expert, True, FOREVER, self._system.misses.keep)
                 misses.append(copy)
+            elif self._hosts_late(copy, tokens):
+                copy = self.memory.copy(layer, expert, True, FOREVER, self._system.misses.keep)
+                self._answers[copy.key] = "host"
+                misses.append(copy)
+                entry, lates = None, lates + 1
             else:
                 late.append(copy)
                 if self._substituting and self._any_landed(layer):
@@ -380,8 +388,8 @@ class Device:
         memory.tick = tick
         counts.lookups += len(wanted)
         counts.hits += len(resident)
-        counts.lates += len(late)
-        counts.misses += len(misses)
+        counts.lates += len(late) + lates
+        counts.misses += len(misses) - lates
         return resident, late, misses
 
     def _decide(self, layer: int, rows: NDArray[np.int64], misses: list[Copy]) -> list[Copy]:
@@ -409,12 +417,21 @@ class Device:
         part = -(-copy.size // copy.parts)
         return copy.parts * self._table.copy_ns(part) + self._table.expert_ns(tokens)
 
+    def _hosts_late(self, copy: Copy, tokens: int) -> bool:
+        """Whether the CPU is quicker than waiting for what is on its way; both alone, and the copy goes on."""
+        table, link = self._table, self.memory.last
+        if not self._system.misses.late_host or self._rule == "fetch" or table.unified or copy.link is not link:
+            return False
+        parts = self.memory.parts
+        left = copy.parts * table.copy_ns(-(-copy.size // parts)) - copy.flying * (self._env.now - link.started)
+        return table.host_expert_ns(tokens) <= left + table.expert_ns(tokens)
+
     def _any_landed(self, layer: int) -> bool:
         return any(entry.landed for entry in self.memory.here[layer].values())
 
     def _bring_in(self, layer: int, late: list[Copy], misses: list[Copy]) -> int:
         """Queue demands in rank order and hand host experts over; returns how many run on the host."""
-        table, rule = self._table, self._system.misses.rule
+        table = self._table
         if self._system.transfer.unit == "layer":
             coming, fresh = self.memory.rest_of_layer(layer, late + misses)
             late = late + coming
@@ -423,11 +440,14 @@ class Device:
         demands = list(late)
         for copy in misses:
             tokens = copy.wanted[2] if copy.wanted else 0
-            choice = self._answers.pop(copy.key, rule)
+            choice = self._answers.pop(copy.key, self._rule)
             if table.unified:
                 choice = "fetch"  # CPU and GPU see the same memory, and the expert is not in it
-            elif rule == "cheaper":  # a read from the drive would come before either
-                choice = cheaper(self._fetch_ns(copy, tokens), table.host_expert_ns(tokens))
+            elif choice == "cheaper":  # a read from the drive would come before either
+                if below := self._system.misses.host_below:
+                    choice = "host" if tokens < below else "fetch"
+                else:
+                    choice = cheaper(self._fetch_ns(copy, tokens), table.host_expert_ns(tokens))
             (hosted if choice == "host" else demands).append(copy)
         if late and misses:
             demands.sort(key=lambda copy: copy.wanted or (0,))

@@ -103,7 +103,7 @@ class Link:
         self._prefetch: deque[Copy] = deque()
         self._busy = False
         self._copy: Copy
-        self._started = self._part = 0
+        self.started = self._part = 0  # when the present copy, or the present part of it, set out
         self.flight: simpy.Event | None = None  # ends with the present copy, where nothing shares its bandwidth
         self.busy_ns = 0
         self.nbytes = 0
@@ -160,16 +160,16 @@ class Link:
 
     def _start(self, copy: Copy) -> None:
         self._busy = copy.flying = True
-        self._copy, self._started = copy, self._env.now
+        self._copy, self.started = copy, self._env.now
         self._part = part = -(-copy.nbytes // copy.parts) if copy.parts > 1 else copy.nbytes
         self.flight = self._fluid.run(part, self._part_ns(part), self._uses, self._finished)
 
     def _finished(self, _: simpy.Event | None) -> None:
         copy, part, now = self._copy, self._part, self._env.now
-        self.busy_ns += now - self._started
+        self.busy_ns += now - self.started
         self.nbytes += part
         if self._record is not None:
-            self._record(copy, self._started, now, part)
+            self._record(copy, self.started, now, part)
         self._busy = copy.flying = False
         self.flight = None
         copy.nbytes -= part

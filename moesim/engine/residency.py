@@ -114,7 +114,7 @@ class Residency:
         self._looks_ahead = system.eviction.looks_ahead
         # Pinned experts may fill the cache, so what comes beside them is used once and forgotten.
         self._keeps_prefetched = system.cache and (system.misses.keep or not system.placement.pinned)
-        self._parts = table.matrices if system.transfer.unit == "matrix" else 1
+        self.parts = table.matrices if system.transfer.unit == "matrix" else 1
         self._width = 2 * self.experts  # ids from `experts` on are low-precision copies
         self.here: list[dict[int, Entry]] = [{} for _ in range(layers)]  # experts that hold a slot, by layer
         self.coming: dict[int, Copy] = {}  # queued and flying copies, by `key`
@@ -329,7 +329,7 @@ class Residency:
 
     def copy(self, layer: int, expert: int, demand: bool, expires: int, keep: bool) -> Copy:
         nbytes = self._bytes[layer][expert] if expert < self.experts else self._low_bytes[layer]
-        return Copy(layer, expert, self.key(layer, expert), nbytes, self._parts, demand, expires, keep)
+        return Copy(layer, expert, self.key(layer, expert), nbytes, self.parts, demand, expires, keep)
 
     def rest_of_layer(self, layer: int, asked: Iterable[Copy]) -> tuple[list[Copy], list[Copy]]:
         """Every other expert of the layer, (on its way, not yet): an expert-agnostic engine moves whole layers."""
@@ -357,7 +357,7 @@ class Residency:
         if copy.on_read is not None:
             copy.on_read()
             return
-        copy.nbytes, copy.parts = copy.size, self._parts
+        copy.nbytes, copy.parts = copy.size, self.parts
         self.h2d.submit(copy)
 
     def _drop(self, copy: Copy) -> None:

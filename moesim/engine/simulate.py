@@ -54,6 +54,7 @@ class Setting:
     host_bytes: int
     seed: int
     gpus: int = 1
+    others: tuple[CostTable, ...] = ()  # of GPUs unlike the first
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,8 @@ def _simulate_cluster(setting: Setting, system: System, detail: bool, on_tokens:
     """Several GPUs with every expert resident: between exchanges nothing can happen, so a pass is one event."""
     system = system.fresh()
     env, records, trace = Clock(), Records(detail), setting.trace
-    cluster = Cluster(env, trace, setting.table, system, setting.gpus, calibration_popularity(trace), records)
+    popularity = calibration_popularity(trace)
+    cluster = Cluster(env, trace, setting.table, system, setting.gpus, popularity, records, setting.others)
     scheduling = _scheduling(system, setting.table)
     server = Server(
         env, cluster, cluster.model, setting.workload, scheduling, setting.limits, records, on_tokens=on_tokens
@@ -377,8 +379,8 @@ class _Ideal:
     share all bytes and operations evenly."""
 
     def __init__(self, env: Clock, setting: Setting, hosted: bool) -> None:
-        self._env, self._trace, self._table, self._gpus = env, setting.trace, setting.table, setting.gpus
-        self._hosted = hosted
+        self._env, self._trace, self._hosted = env, setting.trace, hosted
+        self._table, self._gpus = (_as_one(setting), 1) if setting.others else (setting.table, setting.gpus)
 
     def steps(self, batch: Batch) -> Generator[simpy.Event, Any, list[int]]:
         ends: list[int] = []
@@ -394,6 +396,23 @@ class _Ideal:
 
     def idle(self, gap: int) -> Generator[simpy.Event, Any, None]:
         yield self._env.timeout(gap)
+
+
+def _as_one(setting: Setting) -> CostTable:
+    """GPUs that are not alike as one with the nominal rates of all."""
+    from moesim.costs.roofline import Roofline
+    from moesim.costs.table import CostTable
+
+    table, others = setting.table, [one.machine.gpu for one in setting.others]
+    gpus = [table.machine.gpu] * (setting.gpus - len(others)) + others
+    one = replace(
+        gpus[0],
+        hbm_gbps=sum(gpu.hbm_gbps for gpu in gpus),
+        tflops=sum(gpu.tflops for gpu in gpus),
+        fp8_tflops=sum(gpu.fp8_tflops or gpu.tflops for gpu in gpus),
+    )
+    machine = replace(table.machine, gpu=one, profile="")
+    return CostTable(table.model, machine, Roofline(machine), offloaded=False)
 
 
 def ceiling(setting: Setting, bounded: bool = False, hosted: bool = False) -> Records:

@@ -13,6 +13,7 @@ from moesim.question import Scene
 from moesim.systems import System
 
 UNTESTED = "   # untested"
+PAYS = 32  # tokens of one expert from which copying its weights up pays (ik_llama.cpp pull request 520)
 _METHODS = ((16.0, "BF16"), (4.5, "LLAMAFILE"), (4.2, "MXFP4"))  # kt-kernel's, by bits per weight at least
 
 
@@ -25,7 +26,7 @@ def as_it_fits(spec: str, system: System, scene: Scene) -> str:
         return f"llama.cpp(n_cpu_moe={on_cpu})" if on_cpu else spec
     if system.name == "KTransformers" and system.cache:
         kept, defer = min(_kept(system, scene)), system.misses.defer
-        given = {"gpu_experts": kept, "defer": defer}
+        given = {"gpu_experts": kept, "defer": defer, "gpu_prefill": system.misses.prompts is not None}
         text = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         return f"KTransformers({text})" if text else "KTransformers"
     return spec
@@ -54,8 +55,10 @@ def flags(system: System, scene: Scene, bits: float, published: bool) -> dict[st
         return _llamacpp(system, scene, f"-np {together} -c {context * together}")
     if system.name == "KTransformers":
         limits = f"--max-running-requests {together} --context-length {context}"
+        if system.misses.prompts:
+            limits += f" --kt-gpu-prefill-token-threshold {PAYS * -(-scene.model.experts // scene.model.top_k)}"
         return {"KTransformers": _ktransformers(system, machine, scene.model.name, bits) + limits + UNTESTED}
-    if system.all_resident and published:
+    if system.all_resident and published and system.kernel != "esmm":
         several = _vllm_parallel(system, scene) if machine.gpus > 1 else ""
         limits = f" --max-num-seqs {together} --max-model-len {context}"
         return {"vLLM": f"vllm serve {scene.model.name}{several}{limits}{UNTESTED}"}

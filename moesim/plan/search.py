@@ -27,7 +27,10 @@ from moesim.trace.assumed import local_routing, pool_routing
 
 # Systems that leave the model's outputs as they are and that engines anyone can download serve with (plan/flags.py);
 # KTransformers with no expert on the GPU, and with as many as fit; EPLB where there are several.
-POLICIES = ("all-resident", "EPLB", "llama.cpp", "KTransformers", "KTransformers(gpu_experts=1024)")
+POLICIES = (
+    "all-resident", "EPLB", "llama.cpp", "KTransformers(gpu_prefill=True)",
+    "KTransformers(gpu_experts=1024, gpu_prefill=True)",
+)  # fmt: skip
 OBJECTIVES = {"throughput": "output_throughput", "latency": "mean_tpot_ms", "cost": "usd_per_million_output_tokens"}
 ATTAINED = 0.9  # share of requests that must keep the SLOs
 TRIALS = 200  # ways that are looked at one by one; of more, so many are drawn

@@ -17,6 +17,7 @@ RULES = {
     "precision": "fetch it at high or low precision or skip it, by the weight of the experts ranked before it",
 }
 HIGH, LOW, SKIP = 2, 1, 0
+PLACES = ("fetch", "host", "cheaper")  # rules that only say where an expert is computed
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Misses:
 
     thresholds: (T1, T2) of the rule `precision`; low_bits: bits per weight of the low-precision copies it fetches;
     low_share: share of the expert memory kept for them.
+    prompts: the rule of passes with prompt tokens, where it is another one; both say only where experts are computed.
+    prompts_from: it is the rule of passes with at least so many tokens instead, of whatever kind; 0: see above.
+    host_below: `cheaper` is decided by the tokens of an expert alone: fewer than so many on the host; 0: by time.
+    late_host: what is on its way is computed on the CPU where that takes less time than the rest of its copy and the
+    kernel, each alone; the copy goes on.
     defer: so many host experts of a layer may finish during the next layer's attention (KTransformers).
     own: an object with `on_miss(miss)`, which decides in place of `rule` (docs/add-a-policy.md).
     """
@@ -34,6 +40,10 @@ class Misses:
     thresholds: tuple[float, float] = (0.6, 0.9)
     low_bits: float | None = None
     low_share: float = 0.2
+    prompts: str | None = None
+    prompts_from: int = 0
+    host_below: int = 0
+    late_host: bool = False
     defer: int = 0
     own: Any = None
 
@@ -44,7 +54,19 @@ class Misses:
             raise PolicyError("misses.rule precision needs low_bits and a low_share between 0 and 1")
         if self.low_bits is not None and not 0 < self.low_bits <= 64:
             raise PolicyError(f"misses.low_bits {self.low_bits} must lie above 0 and up to 64 bits per weight")
-        if self.own is not None and (self.rule != "fetch" or not hasattr(self.own, "on_miss")):
+        if self.prompts is not None and not {self.rule, self.prompts} <= set(PLACES):
+            raise PolicyError(
+                f"misses.prompts {self.prompts} beside misses.rule {self.rule}: both must be one of {', '.join(PLACES)}"
+            )
+        if self.prompts_from < 0 or (self.prompts_from and self.prompts is None):
+            raise PolicyError(f"misses.prompts_from {self.prompts_from}: a number of tokens, beside misses.prompts")
+        if self.host_below < 0 or (self.host_below and "cheaper" not in (self.rule, self.prompts)):
+            raise PolicyError(f"misses.host_below {self.host_below}: a number of tokens, beside misses.rule cheaper")
+        if self.late_host and self.rule not in ("host", "cheaper"):
+            raise PolicyError("misses.late_host needs experts on the host; set misses.rule to host or cheaper")
+        if self.own is not None and (
+            {self.rule, self.prompts or "fetch"} != {"fetch"} or not hasattr(self.own, "on_miss")
+        ):
             raise PolicyError(
                 f"misses {type(self.own).__name__} needs a method on_miss(miss), and misses.rule fetch beside it"
             )
@@ -67,7 +89,12 @@ class Misses:
 
     @property
     def may_host(self) -> bool:
-        return self.rule in ("host", "cheaper") or self.own is not None
+        return not {self.rule, self.prompts}.isdisjoint(("host", "cheaper")) or self.own is not None
+
+    def rule_of(self, prompts: bool, tokens: int) -> str:
+        """The rule of a pass of so many tokens, some of which are of prompts or none."""
+        other = tokens >= self.prompts_from if self.prompts_from else prompts
+        return (other and self.prompts) or self.rule
 
     @property
     def substitutes(self) -> bool:

@@ -13,6 +13,8 @@ ATTENTION = {
 EXPERTS = {
     "tensor": "each GPU has a slice of every expert",
     "expert": "each GPU has whole experts",
+    "gather": "each GPU has a slice of every expert, and gathers a layer's before it computes its own tokens",
+    "either": "of `tensor` and `gather`, in every pass, what moves fewer bytes",
 }
 PLACEMENTS = {
     "contiguous": "in order: the first experts on the first GPU",
@@ -24,7 +26,10 @@ PLACEMENTS = {
 
 @dataclass(frozen=True)
 class Parallel:
-    """Of no effect on one GPU. The last four matter only where GPUs have whole experts.
+    """Of no effect on one GPU. The placement and what follows it matter only where GPUs have whole experts.
+
+    shares: of every expert's hidden dimension by GPU, in any unit; (): by their speed. Where a GPU computes its own
+    tokens (`gather`, `either`) it also takes that share of the sequences.
 
     redundant: replicas a layer has beyond one of each expert; None: an eighth of the experts, or as few more as make
     the GPUs' numbers equal. interval: passes after which `balanced` places anew by the loads since; 0: once, by the
@@ -39,6 +44,7 @@ class Parallel:
     interval: int = 0
     overlap: bool = False
     layout: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         known = {"attention": ATTENTION, "experts": EXPERTS, "placement": PLACEMENTS}
@@ -47,12 +53,31 @@ class Parallel:
                 raise PolicyError(f"parallel.{name}: unknown '{value}'{nearest(str(value), values)}")
         if (self.redundant or 0) < 0 or self.interval < 0:
             raise PolicyError("parallel.redundant and parallel.interval must not be negative")
+        if self.gathers and (self.attention != "data" or self.overlap):
+            raise PolicyError(
+                f"parallel.experts {self.experts} is for GPUs that have sequences of their own; set "
+                "parallel.attention=data and parallel.overlap=false"
+            )
+        if self.shares and (self.experts == "expert" or self.attention != "data" or min(self.shares) <= 0):
+            raise PolicyError(
+                "parallel.shares are numbers above 0, one for each GPU, of sliced experts; set parallel.attention=data "
+                "and parallel.experts=tensor, gather or either"
+            )
         if self.placement != "contiguous" and self.experts != "expert":
             raise PolicyError(f"parallel.placement {self.placement} places whole experts; set parallel.experts=expert")
         if (self.placement == "given") != bool(self.layout):
             raise PolicyError("parallel.placement=given and parallel.layout go together; --placement FILE sets both")
         if self.placement != "balanced" and (self.redundant or self.interval):
             raise PolicyError("parallel.redundant and parallel.interval go with parallel.placement=balanced")
+
+    @property
+    def gathers(self) -> bool:
+        """A GPU may need all of a layer's experts at once."""
+        return self.experts in ("gather", "either")
+
+    @property
+    def sliced(self) -> bool:
+        return self.experts != "expert"
 
     def slots(self, experts: int, gpus: int) -> int:
         """Experts a layer holds on all GPUs together, replicas included; as many on each.

@@ -26,6 +26,7 @@ from moesim.systems.eep import eep
 from moesim.systems.emoe import emoe
 from moesim.systems.expertflow import expertflow
 from moesim.systems.fmoe import fmoe
+from moesim.systems.hexa_moe import hexa_moe
 from moesim.systems.hobbit import hobbit
 from moesim.systems.ktransformers import ktransformers
 from moesim.systems.llamacpp import llamacpp
@@ -69,6 +70,7 @@ SYSTEMS: dict[str, Callable[..., System]] = {
     "AdapMoE": adapmoe,
     "SiDA": sida,
     "Samoyeds": samoyeds,
+    "HEXA-MoE": hexa_moe,
     "MC": mc,
     "EEP": eep,
     "SEER-MoE": seer,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from moesim.errors import PolicyError
 from moesim.policies import BELADY, FIFO, HOT, LFU, LRU, RANDOM, Even, Eviction, Misses, Parallel, Placement, Transfer
 from moesim.prediction import NoPrediction, Oracle
 from moesim.systems.system import System
@@ -100,13 +103,20 @@ def mixtral_offloading(recall: float = 0.0) -> System:
     )
 
 
-def fiddler() -> System:
-    """Popular experts stay; at a miss the CPU computes or the link copies, whichever is quicker (arXiv 2402.07033)."""
+def fiddler(latency_cpu: float = 7.0, latency_gpu: float = 70.0) -> System:
+    """Popular experts stay; at a miss the CPU computes or the link copies, whichever is said to be quicker
+    (arXiv 2402.07033).
+
+    latency_cpu, latency_gpu: what it takes a token's expert on the CPU and any copy to be, in one unit; the defaults
+        are the released code's, by which an expert with fewer than ten tokens runs on the CPU.
+    """
+    if not (latency_cpu > 0 and 0 < latency_gpu / latency_cpu <= 1e9):
+        raise PolicyError(f"Fiddler: latencies {latency_cpu} and {latency_gpu} must be above 0")
     return System(
         "Fiddler",
         eviction=HOT,
         placement=Placement("hot", pinned=True),
-        misses=Misses("cheaper", keep=False),
+        misses=Misses("cheaper", keep=False, host_below=math.ceil(latency_gpu / latency_cpu)),
         source="arXiv 2402.07033 and its released code",
         notes=("placed by the popularity of the first tenth of the requests",),
     )

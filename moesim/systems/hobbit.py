@@ -25,8 +25,8 @@ def hobbit(
 ) -> System:
     """Misses come at full precision, at low precision or not at all, by the weight of the experts ranked before them.
 
-    variant: `cooperative` computes misses on the CPU where that is quicker than copying, at full precision; in
-        prefills copying wins, which is the paper's GPU-only prefill.
+    variant: `cooperative` computes the absent experts of decode steps on the CPU, at full precision, and those still on
+        their way where that is quicker; prompts are computed on the GPU only.
     pair: precisions of the two copies. thresholds: (T1, T2), Mixtral's. ahead: layers the gates look ahead, 0 for no
         prefetch; accuracy: of each distance, Mixtral's. low_share: of the expert memory for low-precision copies
         [not published]. w_*: the four terms of the eviction score; the paper fits them and does not publish them.
@@ -43,7 +43,9 @@ def hobbit(
     return System(
         "HOBBIT" if plain else f"HOBBIT-{variant}",
         eviction=Eviction(score, scope="global", per_sequence=True),
-        misses=Misses("precision", True, thresholds, low_bits, low_share) if plain else Misses("cheaper"),
+        misses=Misses("precision", True, thresholds, low_bits, low_share)
+        if plain
+        else Misses("host", prompts="fetch", late_host=True),
         predictor=StackedGates(accuracy[:ahead], levels=thresholds if plain else None) if ahead else NoPrediction(),
         prefetch=Prefetch(first_missing=True, pin=True),
         expert_bits=expert_bits,

@@ -146,7 +146,12 @@ class System:
             )
         if self.placement.pinned and self.misses.keep and not (self.all_resident or self.misses.substitutes):
             raise PolicyError("pinned experts leave no slot for others to keep; set misses.keep to false")
-        if not self.cache and not self.all_resident and self.misses.keep and self.misses.rule != "host":
+        if (
+            not self.cache
+            and not self.all_resident
+            and self.misses.keep
+            and {self.misses.rule, self.misses.prompts} - {None} != {"host"}
+        ):
             raise PolicyError("a system without a cache cannot keep what it fetches; set misses.keep to false")
         if self.transfer.write_back and not self.misses.keep:
             raise PolicyError("transfer.write_back needs a cache that evicts; misses.keep is false")

@@ -10,6 +10,7 @@ import pytest
 
 from moesim import contracts
 from moesim.contracts import CONTRACTS, Broken, DoesNotApply, Ground, check, small_ground
+from moesim.engine import simulate
 from moesim.errors import MoesimError
 from moesim.machine import load_machine
 from moesim.model import load_model
@@ -24,9 +25,9 @@ from moesim.transforms.transform import Transformed, nothing
 
 # All that the field knows them by: a name that is missing or changed breaks users' scripts.
 NAMES = (
-    "SiDA", "Samoyeds", "eMoE", "fMoE", "HOBBIT", "MC", "AdapMoE", "EEP", "SEER-MoE", "MEO", "TSEP", "on-demand",
-    "DeepSpeed", "static", "LRU", "LFU", "FIFO", "Belady", "Mixtral-Offloading", "Pre-gated", "MoE-Infinity", "ProMoE",
-    "Fiddler", "KTransformers", "ExpertFlow", "EPLB", "all-resident",
+    "SiDA", "Samoyeds", "HEXA-MoE", "eMoE", "fMoE", "HOBBIT", "MC", "AdapMoE", "EEP", "SEER-MoE", "MEO", "TSEP",
+    "on-demand", "DeepSpeed", "static", "LRU", "LFU", "FIFO", "Belady", "Mixtral-Offloading", "Pre-gated",
+    "MoE-Infinity", "ProMoE", "Fiddler", "KTransformers", "ExpertFlow", "EPLB", "all-resident",
 )  # fmt: skip
 VARIANTS = (
     "SiDA(variant='code')", "HOBBIT(variant='cooperative')", "MoE-Infinity(eviction='code')", "MC(odp=True)",
@@ -45,9 +46,13 @@ def test_every_name_of_the_field_is_known():
     assert {name.lower() for name in NAMES} <= {name.lower() for name in SYSTEMS}
 
 
+ENGINES = ("events", "compiled")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", [*SYSTEMS, *VARIANTS])
-def test_every_system_keeps_the_contracts(name):
-    hold(load_system(name), GROUND)
+def test_every_system_keeps_the_contracts(name, engine):
+    hold(load_system(name), replace(GROUND, engine=engine))
 
 
 def ground(trace, model, tokens):
@@ -83,10 +88,19 @@ def bare_ground():
     return replace(GROUND, trace=replace(trace, requests=replace(trace.requests, task=("",) * len(trace.requests))))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("on", ["bare", "shipped", "gpt_oss", "mixtral"])
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_every_system_serves_real_and_drawn_routing(name, on, request):
-    hold(load_system(name), request.getfixturevalue(f"{on}_ground"))
+def test_every_system_serves_real_and_drawn_routing(name, on, engine, request):
+    hold(load_system(name), replace(request.getfixturevalue(f"{on}_ground"), engine=engine))
+
+
+def test_both_engines_are_meant():
+    """A contract is tried on the engine that its ground names, not on what `auto` would take."""
+    assert set(ENGINES) | {"auto"} == set(simulate.ENGINES)
+    for engine in ENGINES:
+        _, outcome = contracts._serve(load_system("LRU"), replace(GROUND, engine=engine))
+        assert outcome.engine == engine
 
 
 WRONG = ("None", "-1", "0", "1000000000", "1e300", "1.5", "'x'", "()", "(1,)", "[]", "True")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moesim.costs.shard import widths
 from moesim.engine.clock import Clock
 from moesim.engine.cluster import Cluster
 from moesim.engine.serve import Server
@@ -151,3 +152,115 @@ def test_several_gpus_are_compared_with_what_they_can_be():
     assert summary["anchors"]["all_resident"]["output_throughput"] > 0
     assert "one GPU" in summary["anchors"]["lru"]["error"]
     assert np.isclose(summary["devices"]["imbalance_ratio"], 1 / summary["devices"]["balancedness"] - 1)
+
+
+# -- HEXA-MoE: shares of the hidden dimension, on GPUs that need not be alike --------------------------------------
+
+
+UNLIKE = "rtx-4090+rtx-3090"
+SMALL = replace(MIXTRAL, name="small", layers=4, moe_layers=(0, 1, 2, 3), hidden=1024, expert_ffn=4096)
+
+
+def spent_on(policy: str, machine: str = UNLIKE, requests: int = 8, prompt: int = 512) -> dict[str, int]:
+    trace = distinct_routing(SMALL, requests, prompt, 0)
+    asked = Question(model=SMALL, machine=machine, max_concurrency=requests, max_batch_tokens=1 << 20)
+    return dict(outcome_of(Scene(trace, asked), load_system(policy)).counts.spent)
+
+
+def test_columns_are_divided_by_shares_and_add_up():
+    assert widths(1536, (1, 1)) == [768, 768]
+    assert widths(1000, (0.74, 0.26)) == [740, 260]
+    assert sum(widths(1537, (3.0, 2.9, 0.001))) == 1537 and min(widths(1537, (3.0, 2.9, 0.001))) >= 1
+    with pytest.raises(PolicyError, match="1 columns"):
+        widths(1, (1, 1))
+
+
+def test_shares_follow_the_speed_of_each_gpu():
+    """Equation 2: in proportion to one over what a large product takes."""
+    trace = distinct_routing(SMALL, 2, 8, 0)
+    summary = run(trace, "HEXA-MoE", Question(model=SMALL, machine=UNLIKE)).summary
+    fast, slow = load_machine("rtx-4090").gpu.tflops, load_machine("rtx-3090").gpu.tflops
+    assert summary["devices"]["shares"][0] == pytest.approx(fast / (fast + slow), rel=0.01)
+    assert summary["ceiling"]["output_throughput"] > 0 and "error" in summary["anchors"]["all_resident"]
+
+
+@pytest.mark.parametrize("mode", ["model", "data"])
+def test_the_best_share_is_the_analytic_one(mode):
+    """With many tokens the experts' kernels take what tensor cores take: none of 39 other divisions is quicker."""
+    fast, slow = load_machine("rtx-4090").gpu.tflops, load_machine("rtx-3090").gpu.tflops
+    times = {
+        share: spent_on(f"HEXA-MoE(mode='{mode}', shares=({share}, {1 - share}))", requests=40, prompt=200)["experts"]
+        for share in [n / 40 for n in range(16, 40)]
+    }
+    best = min(times, key=lambda share: times[share])
+    assert best == pytest.approx(fast / (fast + slow), abs=0.026)
+    assert times[best] < 0.8 * times[0.5]
+
+
+def test_gathering_experts_hides_behind_attention_and_a_pass_is_its_closed_form():
+    trace = distinct_routing(SMALL, 2, 64, 0)
+    asked = Question(model=SMALL, machine="2xrtx-4090", max_concurrency=2, max_num_seqs=2, max_batch_tokens=1 << 20)
+    s, system = Scene(trace, asked), load_system("HEXA-MoE(mode='data')")
+    setting = s.setting(system, s.ledger(system))
+    table, spent = setting.table, outcome_of(s, system).counts.spent
+    gather = ns(setting.table.costs.exchange("all_gather", 8 * SMALL.expert_bytes(), 2))
+    mixer = table.layers_ns([(64, 0)], [])[0]
+    active = [[len(np.unique(rows)) for rows in (ids[:64], ids[64:])] for ids in trace.experts.transpose(1, 0, 2)]
+    assert spent["mixer"] == 4 * mixer
+    assert spent["exchange"] == 4 * max(gather - mixer, 0)
+    assert spent["experts"] == sum(max(table.grouped_ns(a, 128) for a in layer) for layer in active)
+
+
+def test_few_tokens_travel_and_for_many_the_experts_do():
+    """Each way is the quicker one somewhere, and `either` takes it there."""
+    few, many = (
+        {
+            mode: sum(spent_on(f"HEXA-MoE(mode='{mode}')", "4xrtx-4090", 4, prompt).values())
+            for mode in ("data", "model")
+        }
+        for prompt in (4, 16384)
+    )
+    assert few["model"] < few["data"] and many["data"] < many["model"]
+    assert sum(spent_on("HEXA-MoE", "4xrtx-4090", 4, 4).values()) == few["model"]
+    assert sum(spent_on("HEXA-MoE", "4xrtx-4090", 4, 16384).values()) == many["data"]
+
+
+def test_sequences_are_dealt_out_by_share_where_each_gpu_computes_its_own():
+    s = scene("rtx-4090+rtx-3090", requests=8)
+    system = load_system("HEXA-MoE(mode='data', shares=(3.0, 1.0))")
+    cluster = Cluster(
+        Clock(), s.trace, s.setting(system, s.ledger(system)).table, system, 2, calibration_popularity(s.trace),
+        Records(False),
+    )  # fmt: skip
+    owners = [cluster._owner(number) for number in range(8)]
+    assert owners.count(0) == 6 and owners[:4].count(1) == 1
+
+
+def test_memory_of_unlike_gpus_is_the_tightest_ones_and_holds_a_layer_to_gather():
+    trace = distinct_routing(SMALL, 1, 4, 4)
+    plans = {
+        policy: Scene(trace, Question(model=SMALL, machine="2xrtx-4090")).ledger(load_system(policy)).gpu
+        for policy in ("HEXA-MoE(mode='data')", "HEXA-MoE(mode='model')")
+    }
+    data, model = plans.values()
+    assert data["staging"] == 8 * SMALL.expert_bytes() and model["staging"] == 0
+    assert data["its experts"] == model["its experts"] == SMALL.total_expert_bytes // 2
+    unlike = Scene(trace, Question(model=SMALL, machine="h200+rtx-4090")).ledger(load_system("HEXA-MoE"))
+    assert sum(unlike.gpu.values()) == load_machine("rtx-4090").gpu.memory_bytes
+
+
+def test_what_unlike_gpus_cannot_do_is_said():
+    trace = distinct_routing(SMALL, 1, 4, 4)
+    asked = Question(model=SMALL, machine=UNLIKE)
+    for policy in ("all-resident", "EPLB"):
+        with pytest.raises(PolicyError, match="use HEXA-MoE"):
+            run(trace, policy, asked)
+    with pytest.raises(PolicyError, match="3 numbers for 2 GPUs"):
+        run(trace, "HEXA-MoE(shares=(1.0, 1.0, 1.0))", asked)
+    with pytest.raises(PolicyError, match="numbers above 0"):
+        load_system("HEXA-MoE(shares=(1.0, 0.0))")
+    with pytest.raises(PolicyError, match="attention=data"):
+        run(trace, "all-resident", asked, ("parallel.experts=gather",))
+    assert load_machine("2xrtx-4090+rtx-4090").gpus == 3 and not load_machine("rtx-4090+rtx-4090").others
+    with pytest.raises(MachineError, match=r"joined by \+"):
+        load_machine("rtx-4090+dgx-spark")

@@ -109,7 +109,14 @@ def systems(draw: st.DrawFn) -> System:
         latency_ns=draw(st.integers(0, 30)), blocking=draw(st.booleans()),
     )  # fmt: skip
     rule = draw(st.sampled_from(["fetch", "host", "cheaper", "reroute", "skip", "precision"]))
-    misses = Misses(rule, low_bits=4.5 if rule == "precision" else None, low_share=0.5)
+    anywhere = rule in ("host", "cheaper", "fetch")
+    prompts = draw(st.sampled_from([None, "fetch", "host", "cheaper"])) if anywhere else None
+    misses = Misses(
+        rule, low_bits=4.5 if rule == "precision" else None, low_share=0.5, prompts=prompts,
+        prompts_from=draw(st.integers(0, 3)) if prompts else 0,
+        host_below=draw(st.integers(0, 3)) if "cheaper" in (rule, prompts) else 0,
+        late_host=rule in ("host", "cheaper") and draw(st.booleans()),
+    )  # fmt: skip
     predictor = Oracle(draw(st.floats(0.1, 1)), distance=draw(st.integers(0, 3)))
     try:
         return replace(system, eviction=eviction, prefetch=prefetch, misses=misses, predictor=predictor)

@@ -14,7 +14,7 @@ from moesim.engine.residency import H2D
 from moesim.engine.simulate import simulate
 from moesim.errors import MemoryBudgetError, PolicyError
 from moesim.policies import LRU, Even, Eviction, ExpectedLoads, Misses, Prefetch
-from moesim.prediction import Beliefs
+from moesim.prediction import Beliefs, NoPrediction
 from moesim.question import Question, run
 from moesim.systems import System, load_system, with_setting
 from moesim.trace import WEIGHT_ONE
@@ -37,6 +37,11 @@ def believing(trace, system, slots, named, maps=None, table=None, expert_bytes=N
     if expert_bytes is not None:
         scene = replace(scene, expert_bytes=expert_bytes)
     return simulate(scene, system, detail=True, beliefs=(beliefs,))
+
+
+def serve_with(trace, system, beliefs):
+    """Run with one set of beliefs on four slots a layer."""
+    return simulate(setting(trace, 4), system, detail=True, beliefs=(beliefs,))
 
 
 def copied(out):
@@ -88,6 +93,80 @@ def test_hobbit_needs_room_for_one_copy_of_each_precision():
     for bad in ("HOBBIT(variant='x')", "HOBBIT(pair='fp8')", "HOBBIT(ahead=4)"):
         with pytest.raises(PolicyError, match="HOBBIT"):
             load_system(bad)
+
+
+def test_hobbit_computes_prompts_on_the_gpu_and_absent_experts_of_decode_steps_on_the_cpu():
+    trace = make_trace([[[0]], [[1]], [[2]], [[0]]], 4, [(2, 2)])
+    system = replace(load_system("HOBBIT(variant='cooperative')"), predictor=NoPrediction())
+    out = serve(trace, system, 4)
+    assert copied(out) == [(0, 0), (0, 1)]
+    assert (out.counts.misses, out.counts.hosted, out.counts.hits) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("engine", ["events", "compiled"])
+@pytest.mark.parametrize(
+    ("host_expert", "ends", "hosted"),
+    [
+        (500, 1010, 1),  # routed at 750: 250 of the copy are left, and 10 of compute: sooner than 500 on the CPU
+        (200, 700, 2),  # routed at 450: 550 and 10 are more than 200, which begin after the hand-off of 50
+        (410, 1010, 1),  # routed at 660: 340 and 10 against 410
+        (305, 910, 2),  # routed at 555: 445 and 10 against 305
+    ],
+)
+def test_what_is_on_its_way_is_computed_on_the_cpu_where_that_is_quicker(engine, host_expert, ends, hosted):
+    """A copy of layer 1's expert sets out when the step does and takes 1,000 ns; layer 0's runs on the CPU."""
+    system = replace(load_system("LRU"), misses=Misses("host", late_host=True))
+    beliefs = Beliefs(np.array([[[-1], [1]]], dtype=np.int16), 0)
+    table = FakeTable(2, host_expert=host_expert)
+    out = simulate(setting(make_trace([[[0], [1]]], 4), 4, table=table), system, True, (beliefs,), engine=engine)
+    assert out.elapsed_ns == ends
+    assert (out.counts.misses, out.counts.lates, out.counts.hosted) == (1, 1, hosted)
+
+
+def test_a_prefetch_that_has_not_started_is_dropped_when_the_cpu_took_its_expert():
+    """Two experts are believed in; the second one's copy would begin at 1,000 ns, when its layer is over."""
+    system = replace(load_system("LRU"), misses=Misses("host", late_host=True))
+    beliefs = Beliefs(np.array([[[3], [1]]] * 2, dtype=np.int16), 0)
+    out = serve_with(make_trace([[[0], [1]], [[0], [2]]], 4), system, beliefs)
+    assert copied(out)[0] == (0, 3) and out.counts.dropped >= 1 and (1, 1) not in copied(out)[:1]
+    assert out.counts.lates == 1 and out.counts.hosted == 4
+
+
+# -- baselines with experts on the CPU -----------------------------------------------------------------------------
+
+
+def test_fiddler_goes_by_the_tokens_of_an_expert():
+    """At 2 a token and 5 a copy, an expert of two tokens runs on the CPU and one of three is copied."""
+    misses = load_system("Fiddler(latency_cpu=2.0, latency_gpu=5.0)").misses
+    trace = make_trace([[[0]], [[0]], [[0]], [[1]], [[1]], [[0]]], 4, [(5, 1)])
+    out = serve(trace, replace(load_system("LRU"), misses=misses), 2)
+    assert copied(out) == [(0, 0)]
+    assert out.counts.hosted == 2
+    assert load_system("Fiddler").misses.host_below == 10
+    with pytest.raises(PolicyError, match="above 0"):
+        load_system("Fiddler(latency_cpu=0.0)")
+
+
+def test_llama_cpp_copies_experts_up_for_steps_of_32_tokens():
+    misses = load_system("llama.cpp").misses
+    assert [misses.rule_of(prompts, tokens) for prompts, tokens in ((True, 31), (True, 32), (False, 32))] == [
+        "host", "fetch", "fetch",
+    ]  # fmt: skip
+    assert load_system("llama.cpp(op_offload=False)").misses.rule_of(True, 4096) == "host"
+    trace = make_trace([[[i % 4]] for i in range(33)], 4, [(32, 1)])
+    out = serve(trace, load_system("llama.cpp(n_cpu_moe=1)"), 4)
+    assert sorted(copied(out)) == [(0, 0), (0, 1), (0, 2), (0, 3)] and out.counts.hosted == 1
+
+
+def test_rules_of_phases_that_make_no_sense_are_refused():
+    for bad, said in (
+        ({"rule": "skip", "prompts": "fetch"}, "both must be one of fetch, host, cheaper"),
+        ({"rule": "fetch", "prompts_from": 2}, "beside misses.prompts"),
+        ({"rule": "host", "host_below": 2}, "beside misses.rule cheaper"),
+        ({"rule": "fetch", "late_host": True}, "set misses.rule to host or cheaper"),
+    ):
+        with pytest.raises(PolicyError, match=said):
+            Misses(**bad)
 
 
 # -- fMoE ----------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def test_the_page_lists_every_claim_and_its_own_counts():
 
 
 def test_reports_tell_failures():
-    rows, _ = answer("HEXA-MoE")
+    rows = [claim(2.0, 5.0) | {"main": True}, *answer("HEXA-MoE")[0][1:]]
     result = {"status": "failed", "claims": rows, "summary": summarise(rows), "targets": [], "factor": 1.25}
     assert "FAILED; 0 of 1 main claims" in headline(result)
     assert "training" in text(result) and "### Reasons" in markdown(result)

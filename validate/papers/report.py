@@ -8,10 +8,11 @@ from typing import Any
 
 from moesim.files import write_text
 from moesim.output import to_json
+from validate.papers import hexa
 
-PICTURE = "papers.svg"
+PICTURE, CROSSING = "papers.svg", "hexa.svg"
 SIDES = {  # of a main claim, where its name covers no other
-    "SiDA": "middle left", "HEXA-MoE": "middle left", "Samoyeds": "top right", "EEP": "middle left",
+    "SiDA": "middle left", "HEXA-MoE": "top left", "Samoyeds": "top right", "EEP": "bottom right",
     "SEER-MoE": "bottom right", "AdapMoE": "bottom left", "fMoE": "bottom left",
 }  # fmt: skip
 
@@ -103,11 +104,13 @@ def _table(rows: list[dict[str, Any]], reasons: bool) -> list[str]:
 
 
 def save(result: dict[str, Any], directory: Path) -> None:
-    """papers.json, papers.md and, where plotly can draw one, papers.svg."""
+    """papers.json, papers.md and, where plotly can draw them, papers.svg and hexa.svg (docs/several-gpus.md)."""
     write_text(directory / "papers.json", to_json(result) + "\n")
     write_text(directory / "papers.md", markdown(result) + "\n")
     try:
         picture(result).write_image(directory / PICTURE)
+        if any(row["system"] == "HEXA-MoE" for row in result["claims"]):
+            hexa.picture().write_image(directory / CROSSING)
     except (ImportError, ValueError, RuntimeError) as error:  # no plotly, kaleido or browser
         write_text(directory / "papers.txt", f"no picture: {error}\n")
 

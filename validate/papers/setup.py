@@ -12,6 +12,7 @@ from moesim.machine import Machine
 from moesim.machine_file import changed
 from moesim.model import Model, load_model
 from moesim.question import Question, Scene, compose, run
+from moesim.systems import System
 from moesim.trace import Trace
 from moesim.trace.assumed import distinct_routing, local_routing
 
@@ -59,7 +60,7 @@ def with_gates(trace: Trace) -> Trace:
 
 @cache
 def metrics(
-    policy: str, trace: Trace, served: Model, box: Machine, settings: tuple[str, ...] = (), **question: Any
+    policy: str | System, trace: Trace, served: Model, box: Machine, settings: tuple[str, ...] = (), **question: Any
 ) -> dict[str, Any]:
     """Metrics of one run, memory ledger included. Raises RuntimeError where the simulator says that it cannot run."""
     asked = Question(model=served, machine=box, **question)

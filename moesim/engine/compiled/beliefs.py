@@ -25,7 +25,6 @@ from moesim.engine.compiled.state import (
     FORESEEN,
     GLOBAL,
     GUARD,
-    HELD,
     INVERSE,
     KEEPS_PREFETCHED,
     LATENCY,
@@ -40,7 +39,6 @@ from moesim.engine.compiled.state import (
     POSITION,
     ROW_AT,
     ROW_END,
-    S_BYTES,
     S_EXPERT,
     S_LAYER,
     STAMP,
@@ -54,7 +52,7 @@ from moesim.engine.compiled.state import (
     WAVES,
 )  # fmt: skip
 from moesim.engine.compiled.transfers import new_copy, schedule, submit
-from moesim.engine.compiled.victims import CAPACITY, MEMBERS
+from moesim.engine.compiled.victims import CAPACITY, MEMBERS, bytes_of, static
 
 FOREVER = 1 << 60
 
@@ -111,14 +109,25 @@ def _believe(s, which, target):
 def _add_call(s, wave, first, stop, target, position):
     g, arena, call = s.g, s.arena, s.call
     top, place = g[ARENA_TOP], g[CALLS_TOP]
-    if place == call.shape[0] or top + (stop - first) * wave[W_WIDTH] > arena.shape[0]:
+    if place == call.shape[0] or top + (stop - first) * wave[W_WIDTH] >= arena.shape[0]:
         g[ERROR] = 5
         return
-    start = top
+    start, wrap = top, s.choice[EXPERTS]
+    if s.choice[LOW_POOLS]:
+        wrap *= 2  # else a predictor of low-precision copies stands beside a miss rule that keeps none
+    g[STAMP] += 1
+    stamp, mark, believed = g[STAMP], s.mark, s.believed
     for at in range(first, stop):
+        row = s.row[at]
         for i in range(wave[W_FIRST], wave[W_FIRST] + wave[W_WIDTH]):
-            arena[top] = s.believed[s.row[at], target, i]
-            top += 1
+            expert = np.int64(believed[row, target, i])
+            if expert < 0:
+                continue
+            if expert >= wrap:
+                expert -= wrap
+            arena[top] = expert
+            top += mark[expert] != stamp  # each once: another's name is written over
+            mark[expert] = stamp
     call[place, C_TARGET], call[place, C_OFFSET] = target, start
     call[place, C_LENGTH], call[place, C_POSITION] = top - start, position
     g[ARENA_TOP], g[CALLS_TOP] = top, place + 1
@@ -154,12 +163,8 @@ def _prefetch_ranked(s, first, count):
         target, position = call[C_TARGET], call[C_POSITION]
         away = position - g[POSITION]
         weight = 1 / max(away, 1) if s.choice[ORDER] == INVERSE else 1 - away / (layers + 1)
-        g[STAMP] += 1
         for j in range(call[C_OFFSET], call[C_OFFSET] + call[C_LENGTH]):
             expert = s.arena[j]
-            if expert < 0 or s.mark[expert] == g[STAMP]:
-                continue
-            s.mark[expert] = g[STAMP]
             trust = s.belief[target, expert % experts] if s.has_belief[target] else 0.0
             if n == s.rank.shape[0]:
                 g[ERROR] = 5
@@ -177,24 +182,15 @@ def _prefetch_ranked(s, first, count):
 @inner
 def _prefetch(s, target, believed, expires):
     """Queue the believed experts of layer `target`; returns how many are on their way now that were missing."""
-    g, experts = s.g, s.choice[EXPERTS]
+    experts = s.choice[EXPERTS]
     base = target * 2 * experts
-    g[STAMP] += 1
-    stamp = g[STAMP]
     queued = 0
     for i in range(len(believed)):
         expert = believed[i]
-        if expert < 0:
-            continue
-        if not s.choice[LOW_POOLS]:  # a predictor of low-precision copies beside a miss rule that keeps none
-            expert %= experts
-        if s.mark[expert] == stamp:
-            continue
-        s.mark[expert] = stamp
         held = base + expert
-        if not s.entry[held, HELD] and expert >= experts:
+        if not s.held[held] and expert >= experts:
             held -= experts
-        if s.entry[held, HELD]:
+        if s.held[held]:
             if s.choice[PIN]:
                 s.entry[held, GUARD] = max(s.entry[held, GUARD], expires)
             continue
@@ -225,7 +221,7 @@ def make_plan(s, values):
     for p in range(1 if s.choice[GLOBAL] else layers):
         for i in range(s.pool[p, MEMBERS]):
             key = s.member[p, i]
-            s.plan[key] = values[s.static[key, S_LAYER], s.static[key, S_EXPERT]]
+            s.plan[key] = values[static(s, key, S_LAYER), static(s, key, S_EXPERT)]
         victims.rebuild(s, p)
         if s.choice[GLOBAL]:
             _bring_planned(s, p, 0, layers, values)
@@ -243,10 +239,10 @@ def _bring_planned(s, p, first, stop, values):
     for layer in range(first, stop):
         for expert in range(experts):
             key = layer * 2 * experts + expert
-            largest = max(largest, s.static[key, S_BYTES])
+            largest = max(largest, bytes_of(s, key))
             if values[layer, expert] > 0:
                 layer_of[n], expert_of[n], worth[n] = layer, expert, -values[layer, expert]
-                absent[n] = s.entry[key, HELD] == 0
+                absent[n] = s.held[key] == 0
                 n += 1
     order = np.argsort(absent[:n], kind="mergesort")
     order = order[np.argsort(worth[order], kind="mergesort")]

@@ -14,7 +14,7 @@ from simpy.events import Timeout
 from moesim.engine.batch import Batch, Standstill
 from moesim.engine.clock import Clock
 from moesim.engine.compiled import state, step, victims
-from moesim.engine.compiled.lower import lower_state, pool_sizes
+from moesim.engine.compiled.lower import RULES, lower_state, pool_sizes
 from moesim.engine.events import Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.residency import Counts, Slots
@@ -107,6 +107,7 @@ class CompiledDevice:
         if self._slots_of is not None:
             sizes = [pool_sizes(self._system, self._slots_of(kv)) for kv in batch.kv_bytes.tolist()]
             s.put("slots", np.array(sizes, dtype=np.int64))
+        s.choice[state.RULE] = RULES[self._system.misses.rule_of(bool(batch.prefill), int(batch.first[1]))]
         s.g[state.UNTIL], s.g[state.AT_STEP] = batch.until, 0
 
     def _fill_costs(self) -> None:

@@ -10,9 +10,12 @@ from moesim.engine.compiled.state import (
     C_CHAIN,
     C_DEMAND,
     C_EXPERT,
+    C_FLYING,
     C_KEY,
     C_LATE,
+    C_LINK,
     C_NEXT,
+    C_PARTS,
     C_RESERVED,
     C_TICK,
     C_TOKENS,
@@ -23,23 +26,28 @@ from moesim.engine.compiled.state import (
     COST_LOW,
     COUNTS_TOTALS,
     EXPERTS,
+    FETCH,
     HANDOFF,
     HANDOFF_NS,
-    HELD,
     HIGH_USES,
     HITS,
+    HOST_BELOW,
     HOSTED,
     HOSTING,
     KEEP,
+    L_STARTED,
     LANDED,
     LAST_STEP,
     LAST_USE,
+    LATE_HOST,
     LATES,
+    LISTED,
     LOOKUPS,
     MISSES,
     NEEDS,
     NEXT_USE,
     NONE,
+    NOW,
     ON_HOST,
     OUTSTANDING,
     PARTS,
@@ -64,11 +72,10 @@ from moesim.engine.compiled.state import (
 )  # fmt: skip
 from moesim.engine.compiled.transfers import (
     compute_on_host,
-    cost_key,
-    cost_place,
     find_cost,
     free_copy,
     in_host,
+    last_link,
     new_copy,
     promote,
     read_for_host,
@@ -76,6 +83,7 @@ from moesim.engine.compiled.transfers import (
     submit,
     used,
 )  # fmt: skip
+from moesim.engine.compiled.victims import static, unlist
 from moesim.engine.residency import LOWERED, NEVER, REROUTED, SKIPPED
 from moesim.policies import HIGH, LOW, SKIP
 
@@ -83,7 +91,7 @@ from moesim.policies import HIGH, LOW, SKIP
 @inner
 def find_wanted(s, layer):
     """Unique experts in order of first appearance, with how many tokens chose each, into `wanted`."""
-    chosen, tally, n, k = s.chosen, s.tally, 0, s.choice[TOP_K]
+    chosen, tally, wanted, n, k = s.chosen, s.tally, s.wanted, 0, s.choice[TOP_K]
     for at in range(s.g[ROW_AT], s.g[ROW_END]):
         row = s.row[at]
         for i in range(k):
@@ -91,9 +99,8 @@ def find_wanted(s, layer):
             if expert < 0:
                 continue
             tokens = tally[expert]
-            if not tokens:
-                s.wanted[n, 0] = expert
-                n += 1
+            wanted[n, 0] = expert  # written over where it has been seen before
+            n += tokens == 0
             tally[expert] = tokens + 1
     for place in range(n):
         expert = s.wanted[place, 0]
@@ -138,10 +145,10 @@ def _lower(s, layer):
     for n in range(g[WANTED]):
         expert, tokens = s.wanted[n, 0], s.wanted[n, 1]
         fate[n] = NONE
-        if s.entry[base + expert, HELD] == LANDED or level[n] > LOW:
+        if s.held[base + expert] == LANDED or level[n] > LOW:
             s.wanted[kept, 0], s.wanted[kept, 1] = expert, tokens
             kept += 1
-        elif level[n] == LOW or s.entry[base + expert + experts, HELD] == LANDED:
+        elif level[n] == LOW or s.held[base + expert + experts] == LANDED:
             s.wanted[kept, 0], s.wanted[kept, 1] = expert + experts, tokens
             kept += 1
             fate[n] = LOWERED
@@ -164,7 +171,7 @@ def lacking_costs(s):
     s.g[NEEDS] = 0
     for n in range(s.g[WANTED]):
         tokens = s.wanted[n, 1]
-        if s.entry[base + s.wanted[n, 0], HELD] == LANDED:
+        if s.held[base + s.wanted[n, 0]] == LANDED:
             continue
         kind = COST_LOW if s.wanted[n, 0] >= experts else COST_HIGH
         if rule != ON_HOST:
@@ -177,8 +184,7 @@ def lacking_costs(s):
 
 @inner
 def _ask(s, kind, active, tokens):
-    key = cost_key(kind, active, tokens)
-    if s.cost_key[cost_place(s.cost_key, key)] != key and s.g[NEEDS] < s.need.shape[0]:
+    if find_cost(s, kind, active, tokens) == NONE and s.g[NEEDS] < s.need.shape[0]:
         need = s.need[s.g[NEEDS]]
         need[0], need[1], need[2] = kind, active, tokens
         s.g[NEEDS] += 1
@@ -187,6 +193,8 @@ def _ask(s, kind, active, tokens):
 @inner
 def touch(s, key, tick, next_use, tokens, high):
     e = s.entry[key]
+    if s.choice[LISTED]:
+        unlist(s, key)
     e[BUSY], e[TOKENS] = 1, tokens
     e[LAST_USE], e[NEXT_USE], e[LAST_STEP] = tick, next_use, s.g[SEQUENCE_STEPS]
     e[USES] += 1
@@ -212,7 +220,7 @@ def classify(s, layer):
     looks = s.next_use.shape[0] > 0
     if looks:
         note_next_use(s, layer)
-    n_resident = n_late = n_missed = 0
+    n_resident = n_late = n_missed = n_hosted = 0
     for n in range(g[WANTED]):
         expert, tokens = s.wanted[n, 0], s.wanted[n, 1]
         key, high = base + expert, expert < experts
@@ -220,7 +228,7 @@ def classify(s, layer):
         ahead = s.next_of[expert % experts] if looks else NEVER
         if s.choice[COUNTS_TOTALS]:
             s.totals[layer, expert % experts] += 1
-        held = s.entry[key, HELD]
+        held = s.held[key]
         if held == LANDED:
             if s.entry[key, PREFETCHED]:
                 used(s, key)
@@ -234,6 +242,11 @@ def classify(s, layer):
             s.copy[copy, C_LATE] = 0
             s.missed[n_missed] = copy
             n_missed += 1
+        elif s.choice[LATE_HOST] and _hosts_late(s, copy, tokens):
+            copy = new_copy(s, key, 1, FOREVER, s.choice[KEEP])
+            s.copy[copy, C_LATE] = 1  # among the missed: for the CPU, while the copy that was under way goes on
+            s.missed[n_missed] = copy
+            n_missed, n_hosted, held = n_missed + 1, n_hosted + 1, 0
         else:
             s.copy[copy, C_LATE] = 1
             s.late[n_late] = copy
@@ -246,9 +259,21 @@ def classify(s, layer):
     g[RESIDENT] = n_resident
     g[LOOKUPS] += g[WANTED]
     g[HITS] += n_resident
-    g[LATES] += n_late
-    g[MISSES] += n_missed
+    g[LATES] += n_late + n_hosted
+    g[MISSES] += n_missed - n_hosted
     return n_late, n_missed
+
+
+@inner
+def _hosts_late(s, copy, tokens):
+    """Whether the CPU is quicker than waiting for what is on its way; both alone."""
+    c, link = s.copy[copy], last_link(s)
+    if s.choice[RULE] == FETCH or s.choice[UNIFIED] or c[C_LINK] != link:
+        return False
+    left = c[C_PARTS] * s.part_ns[static(s, c[C_KEY], S_SIZE), 0, 1]
+    if c[C_FLYING]:
+        left -= s.g[NOW] - s.link[link, L_STARTED]
+    return find_cost(s, COST_HOST, 0, tokens) <= left + find_cost(s, COST_HIGH, 1, tokens)
 
 
 @inner
@@ -301,14 +326,14 @@ def _choose(s, row, layer, rank):
     expert = s.chosen[row, layer, rank]
     s.taken[rank] = expert
     if s.choice[RULE] == SKIP_RULE:
-        if expert < 0 or s.entry[base + expert, HELD] != LANDED:
+        if expert < 0 or s.held[base + expert] != LANDED:
             s.taken[rank] = NONE
         return
-    if expert < 0 or s.entry[base + expert, HELD] == LANDED:
+    if expert < 0 or s.held[base + expert] == LANDED:
         return
     best, best_score = NONE, 0.0
     for e in range(experts):
-        if s.entry[base + e, HELD] != LANDED or _in_use(s, row, layer, rank, e, k):
+        if s.held[base + e] != LANDED or _in_use(s, row, layer, rank, e, k):
             continue
         liked = s.preference[row, layer, e] if s.preference.shape[0] else s.popularity[layer, e]
         if best == NONE or liked > best_score:
@@ -368,10 +393,12 @@ def _on_host(s, copy):
     rule, c = s.choice[RULE], s.copy[copy]
     if s.choice[UNIFIED] or rule not in (ON_HOST, CHEAPER):
         return False
-    if rule == ON_HOST:
+    if rule == ON_HOST or c[C_LATE]:
         return True
     tokens = c[C_TOKENS]
-    fetch_ns = s.choice[PARTS] * s.part_ns[s.static[c[C_KEY], S_SIZE], 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
+    if s.choice[HOST_BELOW]:
+        return tokens < s.choice[HOST_BELOW]
+    fetch_ns = s.choice[PARTS] * s.part_ns[static(s, c[C_KEY], S_SIZE), 0, 1] + find_cost(s, COST_HIGH, 1, tokens)
     return find_cost(s, COST_HOST, 0, tokens) <= fetch_ns
 
 
@@ -412,7 +439,7 @@ def _rest_of_layer(s, layer, n_late, n_missed):
     for expert in range(experts):
         key = base + expert
         copy = s.coming[key]
-        if s.mark[expert] == g[STAMP] or (copy == NONE and s.entry[key, HELD]):
+        if s.mark[expert] == g[STAMP] or (copy == NONE and s.held[key]):
             continue
         if copy == NONE:
             copy = new_copy(s, key, 1, FOREVER, s.choice[KEEP])

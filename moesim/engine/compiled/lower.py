@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moesim.engine.compiled import state as st
 from moesim.engine.compiled.state import State
+from moesim.engine.compiled.victims import CAPACITY, FINGER, HEAD, OUT, TAIL
 from moesim.engine.events import Knowledge
 from moesim.engine.host_tier import HostTier
 from moesim.engine.residency import D2H, H2D, HOST, NVME, Slots
@@ -23,6 +24,7 @@ RULES = {"fetch": st.FETCH, "host": st.ON_HOST, "cheaper": st.CHEAPER, "reroute"
 ORDERS = {"layer": st.BY_LAYER, "linear": st.LINEAR, "inverse": st.INVERSE}
 PLANS = 64  # under way at once
 EVENTS = 1 << 14
+SINGLE = 1 << 12  # tokens of one expert whose costs are found at once
 ARENA = 1 << 21  # believed experts that a slow predictor may have under way
 
 
@@ -89,19 +91,25 @@ def lower_state(
     slots_in_pool = experts if by_layer else layers * experts
 
     def ints(*shape: int) -> st.I64:
-        return np.zeros(shape, dtype=np.int64)
+        """Zeros that begin where a line of a core's cache does."""
+        size = int(np.prod(shape))
+        room = np.zeros(size + 8, dtype=np.int64)
+        begin = -room.ctypes.data % 64 // 8
+        return room[begin : begin + size].reshape(shape)
 
     def none(*shape: int) -> st.I64:
-        return np.full(shape, st.NONE, dtype=np.int64)
+        values = ints(*shape)
+        values[:] = st.NONE
+        return values
 
-    static, part_ns = _bytes_and_times(table, system, layers, experts, by_layer, tier is not None)
+    static, size, part_ns = _bytes_and_times(table, system, layers, experts, by_layer, tier is not None)
     g = ints(128)
     g[[st.POSITION, st.TIER_HEAD, st.TIER_TAIL]] = st.NONE
     g[st.SCRATCH] = slots.scratch
-    copy = ints(copies, 25)
+    copy = ints(copies, 32)
     copy[:, st.C_CHAIN] = [*range(1, copies), st.NONE]
-    pool = ints(len(sizes), 4)
-    pool[:, 0] = sizes
+    pool = ints(len(sizes), 8)
+    pool[:, CAPACITY], pool[:, [HEAD, TAIL, FINGER]] = sizes, st.NONE
     choice = _choices(trace, table, system, slots, detail, tier, seed, len(knowledge.beliefs))
     uses, capacity, fluid = _sharing(table, system, tier is not None)
     choice[st.FLUID] = fluid
@@ -113,17 +121,19 @@ def lower_state(
         feature=np.array([st.FEATURES.index(name) for name, _ in system.eviction.score], dtype=np.int64),
         thresholds=np.array(system.misses.thresholds, dtype=np.float64),
         entry=ints(keys, 16),
+        held=np.zeros(keys, dtype=np.int16),
         plan=np.zeros(keys),
         copy=copy,
         copy_plan=np.zeros(copies),
-        coming=none(keys),
+        coming=np.full(keys, st.NONE, dtype=np.int32),
         static=static,
+        size=size,
         part_ns=part_ns,
         landed=ints(layers),
         here=ints(layers),
         pool=pool,
         member=ints(len(sizes), slots_in_pool),
-        heap=ints(len(sizes), 1 if system.eviction.changing else 2 * slots_in_pool),
+        heap=ints(len(sizes), 1 if system.eviction.changing or choice[st.LISTED] else 2 * slots_in_pool),
         offered=none(keys, 3),
         offered_score=np.zeros(keys),
         popularity=_plain(knowledge.popularity, np.float64),
@@ -145,7 +155,7 @@ def lower_state(
         done=ints(2 * experts),
         planned=ints(keys, 2),
         older=none(keys),
-        wanted=ints(2 * experts, 2),
+        wanted=ints(2 * experts + 1, 2),
         mark=ints(2 * experts),
         count=ints(2 * experts),
         tally=ints(experts),
@@ -156,6 +166,7 @@ def lower_state(
         missed=ints(2 * experts),
         asked=ints(2 * experts),
         need=ints(6 * experts + 4, 3),
+        single=none(3, SINGLE),
         cost_key=ints(1 << 12),
         cost_ns=ints(1 << 12),
         arena=ints(ARENA if system.prefetch.latency_ns else 1),
@@ -178,7 +189,7 @@ def lower_state(
         **_routing(trace, system, knowledge),
     )
     s.link[:, st.L_FLIGHT] = st.NONE
-    s.entry[:, st.READ_END] = -1
+    s.entry[:, st.READ_END], s.entry[:, st.BEFORE] = -1, OUT
     if tier is not None:
         _fill_tier(s, tier, experts)
     return s
@@ -193,11 +204,11 @@ def pool_sizes(system: System, slots: Slots) -> list[int]:
 
 def _bytes_and_times(
     table: CostTable, system: System, layers: int, experts: int, by_layer: bool, reads: bool
-) -> tuple[st.I64, st.I64]:
-    """Per key: `static`; per size and part of a copy: (bytes, ns over the link, ns from the drive, ns back)."""
+) -> tuple[NDArray[np.int32], st.I64, st.I64]:
+    """Per key: `static`; per size: bytes; per size and part: (bytes, ns over the link, ns from the drive, ns back)."""
     parts = table.matrices if system.transfer.unit == "matrix" else 1
     low_bits = system.misses.low_bits
-    static = np.zeros((layers * 2 * experts, 6), dtype=np.int64)
+    static = np.zeros((layers * 2 * experts, 8), dtype=np.int32)
     rows: dict[int, int] = {}  # of part_ns, by size
     reads = reads or table.unified
     for layer in range(layers):
@@ -207,9 +218,9 @@ def _bytes_and_times(
         for expert, size in enumerate(sizes):
             low = expert >= experts
             pool = low * (layers if by_layer else 1) + (layer if by_layer else 0)
-            static[base + expert] = size, pool, layer, expert, expert % experts, rows.setdefault(size, len(rows))
+            static[base + expert, :5] = pool, layer, expert, expert % experts, rows.setdefault(size, len(rows))
     times = [_part_times(table, size, parts, reads, system.transfer.write_back) for size in rows]
-    return static, np.stack(times)
+    return static, np.array(list(rows), dtype=np.int64), np.stack(times)
 
 
 def _part_times(table: CostTable, size: int, parts: int, reads: bool, back: bool) -> NDArray[np.int64]:
@@ -234,6 +245,7 @@ def _choices(
         st.GLOBAL: eviction.scope == "global", st.CHANGING: eviction.changing, st.TERMS: len(eviction.score),
         st.PRODUCT: eviction.combine == "product", st.HORIZON: eviction.window * trace.layers,
         st.LOOKS_AHEAD: eviction.looks_ahead, st.RULE: RULES[misses.rule], st.KEEP: misses.keep, st.DEFER: misses.defer,
+        st.LATE_HOST: misses.late_host, st.HOST_BELOW: misses.host_below,
         st.WRITE_BACK: system.transfer.write_back, st.UNIT_LAYER: system.transfer.unit == "layer",
         st.PARTS: table.matrices if system.transfer.unit == "matrix" else 1,
         st.PER_LAYER: -1 if prefetch.per_layer is None else prefetch.per_layer,
@@ -244,6 +256,7 @@ def _choices(
         st.LOW_POOLS: bool(slots.low), st.UNIFIED: table.unified, st.HANDOFF_NS: table.handoff_ns,
         st.TIERED: tier is not None, st.TIER_CAPACITY: tier.capacity if tier else 0, st.DETAIL: detail, st.SEED: seed,
         st.WAVES: waves, st.COUNTS_TOTALS: any(name == "count" for name, _ in eviction.score),
+        st.LISTED: eviction.score == (("lru", 1.0),) and not eviction.changing,
     }  # fmt: skip
     choice = np.zeros(64, dtype=np.int64)
     for at, value in values.items():

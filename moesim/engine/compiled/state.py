@@ -5,15 +5,17 @@ Every expert that may hold a slot has a key, layer x 2 experts + expert; ids fro
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.imputils import lower_getattr_generic
+from numba.core import cgutils
+from numba.core.imputils import lower_builtin, lower_getattr_generic
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import NativeValue, models, register_model, typeof_impl, unbox
-from numba.np.arrayobj import make_array, populate_array
+from numba.np.arrayobj import getitem_array_tuple, make_array, populate_array, setitem_array
 from numba.np.numpy_support import from_dtype
 from numpy.typing import NDArray
 
@@ -22,12 +24,14 @@ from moesim.records import KERNEL, LAYER, TRANSFER
 I64: TypeAlias = NDArray[np.int64]
 F64: TypeAlias = NDArray[np.float64]
 
-# Columns of `entry`, a row per key: an expert that holds a slot.
+# Columns of `entry`, a row per key: an expert that holds a slot. BEFORE and AFTER: see moesim.engine.compiled.victims.
+# Eight of them lie side by side in a core's cache: those of every lookup come first.
 (
-    HELD, BUSY, BYTES, BROUGHT, GUARD, HIGH_USES, KEPT, LAST_STEP, LAST_USE, NEXT_USE, PINNED, PREFETCHED,
-    READ_END, TOKENS, USES, MEMBER,
+    BUSY, GUARD, LAST_USE, NEXT_USE, TOKENS, PREFETCHED, BEFORE, AFTER,
+    BROUGHT, BYTES, HIGH_USES, KEPT, LAST_STEP, READ_END, USES, MEMBER,
 ) = range(16)  # fmt: skip
-ABSENT, RESERVED, LANDED = range(3)  # values of HELD
+PINNED = 2  # value of KEPT
+ABSENT, RESERVED, LANDED = range(3)  # values of `held`
 
 # Columns of `copy`: an expert on its way. USED counts up at each use of the row.
 (
@@ -66,8 +70,8 @@ SPENT = {
     LAYERS, EXPERTS, TOP_K, GLOBAL, CHANGING, FEATURE, TERMS, PRODUCT, HORIZON, LOOKS_AHEAD, RULE, KEEP, DEFER,
     WRITE_BACK, UNIT_LAYER, PARTS, PER_LAYER, FIRST_MISSING, PIN, LATENCY, BLOCKING, ORDER, BULK, CACHE,
     KEEPS_PREFETCHED, LOW_POOLS, UNIFIED, HANDOFF_NS, TIERED, TIER_CAPACITY, DETAIL, SEED, WAVES, COUNTS_TOTALS,
-    STEALS, FLUID, SHARED, PINNED_START,
-) = range(38)  # fmt: skip
+    STEALS, FLUID, SHARED, PINNED_START, LATE_HOST, HOST_BELOW, LISTED,
+) = range(41)  # fmt: skip
 FETCH, ON_HOST, CHEAPER, REROUTE, SKIP_RULE, PRECISION = range(6)  # RULE
 BY_LAYER, LINEAR, INVERSE = range(3)  # ORDER
 FEATURES = (
@@ -93,9 +97,8 @@ FEATURES = (
 W_FIRST, W_WIDTH, W_DISTANCE, W_WRAPS, W_MAP = range(5)
 C_TARGET, C_OFFSET, C_LENGTH, C_POSITION = range(4)  # columns of `call`: a belief about one layer, for a prefetch
 
-S_BYTES, S_POOL, S_LAYER, S_EXPERT, S_REAL, S_SIZE = range(
-    6
-)  # columns of `static`; S_REAL: the expert at full precision; S_SIZE: its row of `part_ns`
+S_POOL, S_LAYER, S_EXPERT, S_REAL, S_SIZE = range(5)
+# columns of `static`; S_REAL: the expert at full precision; S_SIZE: its place in `size` and `part_ns`
 
 COST_HIGH, COST_LOW, COST_HOST = range(3)  # first part of a key of the table of costs
 
@@ -110,15 +113,17 @@ FIELDS = (
     ("feature", "i", 1),  # [terms]
     ("thresholds", "f", 1),  # [2] of the rule `precision`
     ("entry", "i", 2),  # [K, 16]
+    ("held", "h", 1),  # [K] whether it holds a slot: ABSENT, RESERVED or LANDED
     ("plan", "f", 1),  # [K]
-    ("copy", "i", 2),  # [C, 25]
+    ("copy", "i", 2),  # [C, 32]
     ("copy_plan", "f", 1),  # [C]
-    ("coming", "i", 1),  # [K] copy, or NONE
-    ("static", "i", 2),  # [K, 6]: see S_BYTES
+    ("coming", "w", 1),  # [K] copy, or NONE
+    ("static", "w", 2),  # [K, 8]: see S_POOL
+    ("size", "i", 1),  # [sizes] bytes of an expert
     ("part_ns", "i", 3),  # [sizes, 3 parts, 4]: bytes; ns of H2D, of NVMe; [.., 0, 3]: D2H of the whole expert
     ("landed", "i", 1),  # [layers] experts that have landed
     ("here", "i", 1),  # [layers] experts that hold a slot
-    ("pool", "i", 2),  # [P, 4]: capacity, used, members, heap items
+    ("pool", "i", 2),  # [P, 8]: see moesim.engine.compiled.victims
     ("member", "i", 2),  # [P, slots] keys that hold a slot of the pool
     ("heap", "i", 2),  # [P, twice the slots]: keys of evictable experts and of some that no longer are
     ("offered", "i", 2),  # [K, 3]: see moesim.engine.compiled.victims
@@ -142,7 +147,7 @@ FIELDS = (
     ("done", "i", 1),  # [2 experts] keys computed in the present layer
     ("planned", "i", 2),  # [K, 2]: copy, its STATE
     ("older", "i", 1),  # [K] copies of the plan before
-    ("wanted", "i", 2),  # [2 experts, 2]: expert, tokens
+    ("wanted", "i", 2),  # [2 experts + 1, 2]: expert, tokens
     ("mark", "i", 1),  # [2 experts] last STAMP
     ("count", "i", 1),  # [2 experts] place in `wanted`, or tokens
     ("tally", "i", 1),  # [experts] tokens that chose it, while they are counted
@@ -153,6 +158,7 @@ FIELDS = (
     ("missed", "i", 1),  # [2 experts] copies
     ("asked", "i", 1),  # [2 experts] copies, demands in order
     ("need", "i", 2),  # [items, 3]: costs the table lacks
+    ("single", "i", 2),  # [3, tokens] ns of one expert by COST_HIGH, COST_LOW, COST_HOST, or NONE
     ("cost_key", "i", 1),  # [power of two]
     ("cost_ns", "i", 1),
     ("arena", "i", 1),  # believed experts of the calls
@@ -186,6 +192,12 @@ FIELDS = (
 DTYPES: dict[str, Any] = {"i": np.int64, "f": np.float64, "h": np.int16, "w": np.int32, "e": np.float32}
 
 
+# Numbers in a row where a constant helps.
+WIDTHS = {
+    "entry": 16, "copy": 32, "static": 8, "pool": 8, "offered": 3, "link": 9, "queue": 2, "ring": 3, "flow": 3,
+    "flow_at": 3, "event": 5, "tier": 3, "planned": 2, "wanted": 2, "need": 3, "call": 4, "ranked": 3, "wave": 5,
+    "layer_row": len(LAYER), "transfer_row": len(TRANSFER), "kernel_row": len(KERNEL),
+}  # fmt: skip
 WORDS = 5  # of a field in the table: address, shape
 
 
@@ -208,8 +220,9 @@ class State:
         _, kind, ndim = FIELDS[at]
         assert array.ndim == ndim and array.flags.c_contiguous
         assert array.dtype == DTYPES[kind]
+        assert array.shape[-1] == WIDTHS.get(name, array.shape[-1])
         setattr(self, name, array)
-        self._table[at, 0] = array.ctypes.data
+        self._table[at, 0] = array.__array_interface__["data"][0]
         self._table[at, 1 : 1 + ndim] = array.shape
 
     if TYPE_CHECKING:
@@ -249,9 +262,29 @@ def _unbox_state(kind: Any, value: Any, c: Any) -> NativeValue:
     return NativeValue(native, is_error=c.pyapi.c_api_error())
 
 
-def _array_type(name: str) -> types.Array:
+class Field(types.Array):
+    """An array of FIELDS, or a row of one. Whole numbers that index it are never negative, so nothing is spent on
+    counting back from the end."""
+
+    def __init__(self, dtype: Any, ndim: int) -> None:
+        super().__init__(dtype, ndim, "C", name=f"MoesimField({dtype}, {ndim})")
+
+    @property
+    def mangling_args(self) -> tuple[str, tuple[Any, ...]]:
+        return self.name, ()
+
+    def copy(self, dtype: Any = None, ndim: Any = None, layout: Any = None, readonly: Any = None) -> Any:
+        if dtype is None and ndim and ndim < self.ndim and layout == "C":
+            return Field(self.dtype, ndim)
+        return super().copy(dtype, ndim, layout, readonly)
+
+
+register_model(Field)(models.ArrayModel)
+
+
+def _field(name: str) -> Field:
     _, kind, ndim = FIELDS[_PLACE[name]]
-    return types.Array(from_dtype(np.dtype(DTYPES[kind])), ndim, "C")
+    return Field(from_dtype(np.dtype(DTYPES[kind])), ndim)
 
 
 @infer_getattr
@@ -259,13 +292,13 @@ class _StateAttributes(AttributeTemplate):
     key = StateType
 
     def generic_resolve(self, kind: Any, name: str) -> Any:  # type: ignore[override]
-        return _array_type(name) if name in _PLACE else None
+        return _field(name) if name in _PLACE else None
 
 
 @lower_getattr_generic(StateType)
 def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: str) -> Any:
     """`state.name` as an array over the memory that the table tells of."""
-    array_type = _array_type(name)
+    array_type = _field(name)
     word = ir.IntType(64)
     table = builder.inttoptr(address, word.as_pointer())
 
@@ -276,6 +309,8 @@ def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: 
 
     array = make_array(array_type)(context, builder)
     shape = [entry(1 + i) for i in range(array_type.ndim)]
+    if name in WIDTHS:
+        shape[-1] = word(WIDTHS[name])
     strides: list[Any] = []
     size_of = np.dtype(DTYPES[FIELDS[_PLACE[name]][1]]).itemsize
     stride = word(size_of)
@@ -285,6 +320,56 @@ def _lower_attribute(context: Any, builder: Any, kind: Any, address: Any, name: 
     data = builder.inttoptr(entry(0), context.get_data_type(array_type.dtype).as_pointer())
     populate_array(array, data=data, shape=shape, strides=strides, itemsize=word(size_of), meminfo=None)
     return array._getvalue()
+
+
+def _element(context: Any, builder: Any, field: Any, array: Any, kinds: Any, indices: Any) -> Any:
+    """Address of the element, or of the first one of what the indices leave."""
+    array = make_array(field)(context, builder, array)
+    strides = cgutils.unpack_tuple(builder, array.strides, field.ndim)
+    offset = ir.Constant(ir.IntType(64), 0)
+    for kind, index, stride in zip(kinds, indices, strides, strict=False):
+        offset = builder.add(offset, builder.mul(context.cast(builder, index, kind, types.intp), stride))
+    at = builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [offset], inbounds=True)
+    return builder.bitcast(at, array.data.type)
+
+
+def _get(context: Any, builder: Any, sig: Any, array: Any, kinds: Any, indices: Any) -> Any:
+    field, result = sig.args[0], sig.return_type
+    at = _element(context, builder, field, array, kinds, indices)
+    if not isinstance(result, types.Array):
+        return builder.load(at)
+    whole, part = make_array(field)(context, builder, array), make_array(result)(context, builder)
+    shape = cgutils.unpack_tuple(builder, whole.shape, field.ndim)[len(indices) :]
+    strides = cgutils.unpack_tuple(builder, whole.strides, field.ndim)[len(indices) :]
+    populate_array(part, data=at, shape=shape, strides=strides, itemsize=whole.itemsize, meminfo=None)
+    return part._getvalue()
+
+
+@lower_builtin(operator.getitem, Field, types.Integer)
+def _get_by_number(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return _get(context, builder, sig, args[0], [sig.args[1]], [args[1]])
+
+
+@lower_builtin(operator.getitem, Field, types.BaseTuple)
+def _get_by_numbers(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    index: Any = sig.args[1]
+    kinds = list(index.types)
+    if not all(isinstance(kind, types.Integer) for kind in kinds):
+        return getitem_array_tuple(context, builder, sig, args)
+    return _get(context, builder, sig, args[0], kinds, cgutils.unpack_tuple(builder, args[1], len(kinds)))
+
+
+@lower_builtin(operator.setitem, Field, types.Any, types.Any)
+def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    field, value = sig.args[0], sig.args[2]
+    index: Any = sig.args[1]
+    kinds = list(getattr(index, "types", [index]))
+    if len(kinds) != field.ndim or not all(isinstance(kind, types.Integer) for kind in kinds):
+        return setitem_array(context, builder, sig, args)
+    indices = cgutils.unpack_tuple(builder, args[1], len(kinds)) if isinstance(index, types.BaseTuple) else [args[1]]
+    at = _element(context, builder, field, args[0], kinds, indices)
+    builder.store(context.cast(builder, args[2], value, field.dtype), at)
+    return None
 
 
 ROW_WIDTHS = {"layers": len(LAYER), "transfers": len(TRANSFER), "kernels": len(KERNEL)}

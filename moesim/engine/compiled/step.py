@@ -35,7 +35,6 @@ from moesim.engine.compiled.state import (
     FULL,
     GUARD,
     HANDOFF,
-    HELD,
     HIGH_USES,
     HITS,
     HITS_BEFORE,
@@ -79,7 +78,6 @@ from moesim.engine.compiled.state import (
     ROW_AT,
     ROW_END,
     RULE,
-    S_BYTES,
     S_EXPERT,
     S_POOL,
     SEQUENCE_STEPS,
@@ -120,7 +118,7 @@ from moesim.engine.compiled.transfers import (
     schedule,
     work_ended,
 )  # fmt: skip
-from moesim.engine.compiled.victims import CAPACITY, MEMBERS, USED
+from moesim.engine.compiled.victims import CAPACITY, MEMBERS, USED, bytes_of, static
 from moesim.engine.residency import H2D, NVME
 
 MIXER, RESIDENT_KERNEL, ARRIVED_KERNEL, STEP = range(4)  # moesim.records.KERNELS
@@ -298,7 +296,7 @@ def _grouped_ns(s):
     for i in range(s.g[RESIDENT]):
         key = s.resident[i]
         tokens = s.entry[key, TOKENS]
-        if s.choice[RULE] == PRECISION and s.static[key, S_EXPERT] >= experts:
+        if s.choice[RULE] == PRECISION and static(s, key, S_EXPERT) >= experts:
             low, low_tokens = low + 1, low_tokens + tokens
         else:
             high, high_tokens = high + 1, high_tokens + tokens
@@ -376,7 +374,7 @@ def _compute_arrived(s):
             g[ARRIVED] -= 1
             tokens = s.entry[key, TOKENS]
             if tokens:
-                low = s.choice[RULE] == PRECISION and s.static[key, S_EXPERT] >= experts
+                low = s.choice[RULE] == PRECISION and static(s, key, S_EXPERT) >= experts
                 ns = find_cost(s, COST_LOW if low else COST_HIGH, 1, tokens)
                 pass_time(s, ns)
                 _computed(s, ns, g[AT_LAYER], ARRIVED_KERNEL)
@@ -449,11 +447,12 @@ def _advance(s):
 def _place(s, layer, expert, pinned):
     """Put an expert there before time begins, if it fits."""
     key = layer * 2 * s.choice[EXPERTS] + expert
-    p = s.static[key, S_POOL]
-    if s.pool[p, USED] + s.static[key, S_BYTES] > s.pool[p, CAPACITY]:
+    p = static(s, key, S_POOL)
+    if s.pool[p, USED] + bytes_of(s, key) > s.pool[p, CAPACITY]:
         return
     e = s.entry[key]
-    e[HELD], e[BYTES], e[BROUGHT], e[KEPT], e[PINNED] = LANDED, s.static[key, S_BYTES], victims.take_order(s), 1, pinned
+    s.held[key] = LANDED
+    e[BYTES], e[BROUGHT], e[KEPT] = bytes_of(s, key), victims.take_order(s), PINNED if pinned else 1
     e[LAST_USE], e[NEXT_USE], e[GUARD] = -1, 1 << 60, -1
     s.landed[layer] += 1
     s.here[layer] += 1
@@ -480,6 +479,9 @@ def _plan_later(s, delay, slot):
 @inner
 def _put_cost(s, kind, active, tokens, ns):
     """Whether it is new to the table."""
+    if active <= 1 and tokens < s.single.shape[1]:
+        s.single[kind, tokens] = ns
+        return False
     key = cost_key(kind, active, tokens)
     place = cost_place(s.cost_key, key)
     if s.cost_key[place] == key:

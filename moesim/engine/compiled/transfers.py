@@ -53,7 +53,6 @@ from moesim.engine.compiled.state import (
     FLUID,
     FREE_COPY,
     GUARD,
-    HELD,
     HIGH_USES,
     HOSTING,
     KEEP,
@@ -88,7 +87,6 @@ from moesim.engine.compiled.state import (
     PREFETCHED_N,
     READ_END,
     RESERVED,
-    S_BYTES,
     S_EXPERT,
     S_LAYER,
     S_POOL,
@@ -110,7 +108,7 @@ from moesim.engine.compiled.state import (
     WAKING,
     WRITE_BACK,
 )  # fmt: skip
-from moesim.engine.compiled.victims import CAPACITY, USED
+from moesim.engine.compiled.victims import CAPACITY, USED, bytes_of, static
 from moesim.engine.residency import COMPUTE, D2H, DEMAND, H2D, HOST, LATE, NEVER, NVME, PLANNED, PREFETCH
 from moesim.engine.residency import WRITE_BACK as WRITTEN_BACK
 
@@ -320,7 +318,7 @@ def work_ended(s, which):
     link[L_BYTES] += nbytes
     link[L_BUSY] = 0
     if which == D2H:
-        layer, expert = s.static[what, S_LAYER], s.static[what, S_EXPERT]
+        layer, expert = static(s, what, S_LAYER), static(s, what, S_EXPERT)
         record_transfer(s, D2H, link[L_STARTED], layer, expert, nbytes, WRITTEN_BACK)
     else:
         _host_ended(s, what)
@@ -377,6 +375,8 @@ def cost_place(keys, key):
 @inner
 def find_cost(s, kind, active, tokens):
     """ns, or NONE where the table lacks it."""
+    if active <= 1 and tokens < s.single.shape[1]:
+        return s.single[kind, tokens]
     key = cost_key(kind, active, tokens)
     place = cost_place(s.cost_key, key)
     return s.cost_ns[place] if s.cost_key[place] == key else NONE
@@ -393,8 +393,8 @@ def new_copy(s, key, demand, expires, keep):
         return 0
     c = s.copy[copy]
     s.g[FREE_COPY] = c[C_CHAIN]
-    c[C_LAYER], c[C_EXPERT], c[C_KEY] = s.static[key, S_LAYER], s.static[key, S_EXPERT], key
-    c[C_SIZE] = c[C_LEFT] = s.static[key, S_BYTES]
+    c[C_LAYER], c[C_EXPERT], c[C_KEY] = static(s, key, S_LAYER), static(s, key, S_EXPERT), key
+    c[C_SIZE] = c[C_LEFT] = bytes_of(s, key)
     c[C_PARTS], c[C_DEMAND], c[C_EXPIRES], c[C_KEEP] = s.choice[PARTS], demand, expires, keep
     c[C_PROMOTED] = c[C_FLYING] = c[C_RESERVED] = c[C_ON_READ] = c[C_WANTED] = 0
     c[C_LINK] = c[C_QUEUE] = c[C_CHAIN] = c[C_READ_END] = NONE
@@ -522,7 +522,7 @@ def _start(s, which, copy):
     link[L_BUSY], link[L_COPY], link[L_STARTED] = 1, copy, s.g[NOW]
     c[C_FLYING] = 1
     part = s.choice[PARTS] - c[C_PARTS]
-    costs = s.part_ns[s.static[c[C_KEY], S_SIZE], part]
+    costs = s.part_ns[static(s, c[C_KEY], S_SIZE), part]
     link[L_PART] = costs[0]
     link[L_FLIGHT] = run_flow(s, which, costs[0], costs[2] if which == NVME else costs[1])
 
@@ -564,7 +564,7 @@ def evict(s, key):
     nbytes = s.entry[key, BYTES]
     victims.leave(s, key)
     if s.choice[WRITE_BACK]:
-        submit_work(s, D2H, nbytes, s.part_ns[s.static[key, S_SIZE], 0, 3], key)
+        submit_work(s, D2H, nbytes, s.part_ns[static(s, key, S_SIZE), 0, 3], key)
 
 
 @inner
@@ -574,7 +574,7 @@ def reserve(s, which, copy):
         return True
     g, c = s.g, s.copy[copy]
     key = c[C_KEY]
-    p = s.static[key, S_POOL]
+    p = static(s, key, S_POOL)
     if not c[C_KEEP]:
         if g[SCRATCH] <= (0 if c[C_DEMAND] else 1):  # a prefetch leaves one for demands
             g[BLOCKED] = 1
@@ -603,8 +603,9 @@ def reserve(s, which, copy):
 def _occupy(s, copy, key, p):
     g, c, e = s.g, s.copy[copy], s.entry[key]
     high = c[C_EXPERT] < s.choice[EXPERTS]
-    e[HELD], e[BUSY], e[BYTES], e[BROUGHT] = RESERVED, 0, c[C_LEFT], victims.take_order(s)
-    e[KEPT], e[PREFETCHED], e[PINNED], e[READ_END] = c[C_KEEP], not c[C_DEMAND], 0, -1
+    s.held[key] = RESERVED
+    e[BUSY], e[BYTES], e[BROUGHT] = 0, c[C_LEFT], victims.take_order(s)
+    e[KEPT], e[PREFETCHED], e[READ_END] = c[C_KEEP], not c[C_DEMAND], -1
     e[LAST_USE], e[NEXT_USE] = g[TICK], min(c[C_EXPIRES], NEVER)
     e[HIGH_USES] = e[USES] = e[TOKENS] = e[LAST_STEP] = 0
     e[GUARD] = c[C_EXPIRES] if s.choice[PIN] and not c[C_DEMAND] else -1
@@ -623,7 +624,7 @@ def _computed_own(s, p):
     """More experts than slots: the one of this layer that was computed first makes room for the next."""
     for i in range(s.g[DONE]):
         key = s.done[i]
-        if s.static[key, S_POOL] == p and not s.entry[key, PINNED]:
+        if static(s, key, S_POOL) == p and s.entry[key, KEPT] != PINNED:
             s.g[DONE] -= 1
             for j in range(i, s.g[DONE]):
                 s.done[j] = s.done[j + 1]
@@ -666,7 +667,7 @@ def end_layer(s, layer):
     if not (s.choice[CACHE] and s.choice[KEEP]) and s.here[layer]:
         width = 2 * s.choice[EXPERTS]
         for key in range(layer * width, (layer + 1) * width):
-            if s.entry[key, HELD] == LANDED and not s.entry[key, KEPT]:
+            if s.held[key] == LANDED and not s.entry[key, KEPT]:
                 discard(s, key)
     unblock(s)
 
@@ -687,7 +688,7 @@ def _landed(s, copy):
         g[LANDING_AWAITED] = 0
         schedule(s, 0, LANDING, 0, 0)
     e = s.entry[key]
-    e[HELD] = LANDED
+    s.held[key] = LANDED
     s.landed[c[C_LAYER]] += 1
     free_copy(s, copy)
     if e[PREFETCHED]:

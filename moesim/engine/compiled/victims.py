@@ -7,6 +7,8 @@ import numpy as np
 from moesim.engine.compiled.jit import inner
 from moesim.engine.compiled.state import (
     ABSENT,
+    AFTER,
+    BEFORE,
     BROUGHT,
     BROUGHT_IN,
     BUSY,
@@ -28,13 +30,14 @@ from moesim.engine.compiled.state import (
     F_RANDOM,
     F_RECENCY,
     GUARD,
-    HELD,
     HIGH_USES,
     HORIZON,
+    KEPT,
     LANDED,
     LAST_STEP,
     LAST_USE,
     LAYERS,
+    LISTED,
     MEMBER,
     NEXT_USE,
     NONE,
@@ -45,6 +48,7 @@ from moesim.engine.compiled.state import (
     S_LAYER,
     S_POOL,
     S_REAL,
+    S_SIZE,
     SEED,
     SEQUENCE_STEPS,
     TERMS,
@@ -52,8 +56,21 @@ from moesim.engine.compiled.state import (
 )  # fmt: skip
 
 NO_GUARD = 1 << 62
-CAPACITY, USED, MEMBERS, ITEMS = range(4)  # columns of `pool`
+# Columns of `pool`: bytes, bytes used, its experts; items of its heap, or its list: first, last, and who
+# came last.
+CAPACITY, USED, MEMBERS, ITEMS, HEAD, TAIL, FINGER = range(7)
 O_PLACE, O_LAST_USE, O_BROUGHT = range(3)  # columns of `offered`: place in the heap or NONE, and what was true then
+OUT = -2  # value of BEFORE: in no list
+
+
+@inner
+def static(s, key, what):
+    return np.int64(s.static[key, what])
+
+
+@inner
+def bytes_of(s, key):
+    return s.size[s.static[key, S_SIZE]]
 
 
 @inner
@@ -70,7 +87,7 @@ def key_hash(seed, draw, key):
 @inner
 def feature(s, which, key):
     e, g = s.entry[key], s.g
-    layer, expert = s.static[key, S_LAYER], s.static[key, S_REAL]
+    layer, expert = static(s, key, S_LAYER), static(s, key, S_REAL)
     if which == F_LRU:
         return float(e[LAST_USE])
     if which == F_LFU:
@@ -89,7 +106,7 @@ def feature(s, which, key):
     if which == F_PLAN:
         return s.plan[key]
     if which == F_RANDOM:
-        return float(key_hash(s.choice[SEED], g[POSITION], layer * s.choice[EXPERTS] + s.static[key, S_EXPERT]))
+        return float(key_hash(s.choice[SEED], g[POSITION], layer * s.choice[EXPERTS] + static(s, key, S_EXPERT)))
     steps = float(max(g[SEQUENCE_STEPS], 1))
     if which == F_RECENCY:
         return e[LAST_STEP] / steps
@@ -192,10 +209,76 @@ def _offer(s, p, key):
     _sift_down(s, p, o[O_PLACE], key)
 
 
+# Where the score is the last use, those evictable stand in a list in that order, then by key. They come in by and large
+# in order, so the place of a newcomer is looked for from the end, or from where the one before went.
+
+
+@inner
+def _later(s, a, b):
+    """Whether the expert of key a leaves after that of key b."""
+    x, y = s.entry[a, LAST_USE], s.entry[b, LAST_USE]
+    return x > y or (x == y and a > b)
+
+
+@inner
+def _enlist(s, p, key):
+    pool = s.pool[p]
+    before, after = pool[TAIL], NONE
+    if before != NONE and _later(s, before, key):
+        if pool[FINGER] != NONE:
+            before = pool[FINGER]
+        while before != NONE and _later(s, before, key):
+            before = s.entry[before, BEFORE]
+        after = pool[HEAD] if before == NONE else s.entry[before, AFTER]
+        while after != NONE and not _later(s, after, key):
+            before, after = after, s.entry[after, AFTER]
+    e = s.entry[key]
+    e[BEFORE], e[AFTER] = before, after
+    if before == NONE:
+        pool[HEAD] = key
+    else:
+        s.entry[before, AFTER] = key
+    if after == NONE:
+        pool[TAIL] = key
+    else:
+        s.entry[after, BEFORE] = key
+    pool[FINGER] = key
+
+
+@inner
+def unlist(s, key):
+    """Out of the list, if it is in there."""
+    e = s.entry[key]
+    before, after = e[BEFORE], e[AFTER]
+    if before == OUT:
+        return
+    pool = s.pool[s.static[key, S_POOL]]
+    if before == NONE:
+        pool[HEAD] = after
+    else:
+        s.entry[before, AFTER] = after
+    if after == NONE:
+        pool[TAIL] = before
+    else:
+        s.entry[after, BEFORE] = before
+    if pool[FINGER] == key:
+        pool[FINGER] = before
+    e[BEFORE] = OUT
+
+
+@inner
+def _oldest(s, p, position):
+    """The first of the list that is not guarded."""
+    key = s.pool[p, HEAD]
+    while key != NONE and s.entry[key, GUARD] > position:
+        key = s.entry[key, AFTER]
+    return key
+
+
 @inner
 def rebuild(s, p):
     """Score every evictable expert anew."""
-    if s.choice[CHANGING]:
+    if s.choice[CHANGING] or s.choice[LISTED]:
         return
     for i in range(s.pool[p, ITEMS]):
         s.offered[s.heap[p, i], O_PLACE] = NONE
@@ -203,7 +286,7 @@ def rebuild(s, p):
     for i in range(s.pool[p, MEMBERS]):
         key = s.member[p, i]
         e = s.entry[key]
-        if e[HELD] == LANDED and not e[BUSY] and not e[PINNED]:
+        if s.held[key] == LANDED and not e[BUSY] and e[KEPT] != PINNED:
             _offer(s, p, key)
 
 
@@ -211,9 +294,12 @@ def rebuild(s, p):
 def offer(s, key):
     """The expert has become evictable."""
     e = s.entry[key]
-    if s.choice[CHANGING] or e[PINNED]:
+    if s.choice[CHANGING] or e[KEPT] == PINNED:
         return
-    _offer(s, s.static[key, S_POOL], key)
+    if s.choice[LISTED]:
+        _enlist(s, static(s, key, S_POOL), key)
+    else:
+        _offer(s, static(s, key, S_POOL), key)
 
 
 @inner
@@ -241,6 +327,8 @@ def remove(s, p, key):
 def victim(s, p, guarded):
     """The evictable expert of the lowest score, or NONE. guarded: predicted ones too."""
     position = NO_GUARD if guarded else s.g[POSITION]
+    if s.choice[LISTED]:
+        return _oldest(s, p, position)
     if s.choice[CHANGING]:
         return _lowest(s, p, position)
     return _top(s, p, position)
@@ -252,7 +340,7 @@ def _lowest(s, p, position):
     for i in range(s.pool[p, MEMBERS]):
         key = s.member[p, i]
         e = s.entry[key]
-        if e[HELD] != LANDED or e[BUSY] or e[PINNED] or e[GUARD] > position:
+        if s.held[key] != LANDED or e[BUSY] or e[KEPT] == PINNED or e[GUARD] > position:
             continue
         value, use = score(s, key), e[LAST_USE]
         if best != NONE:
@@ -268,7 +356,7 @@ def _lowest(s, p, position):
 def _fresh(s, key):
     """Whether the heap still tells the truth of an expert: it is evictable, and was not touched since."""
     e, o = s.entry[key], s.offered[key]
-    return e[HELD] == LANDED and not e[BUSY] and e[BROUGHT] == o[O_BROUGHT] and e[LAST_USE] == o[O_LAST_USE]
+    return s.held[key] == LANDED and not e[BUSY] and e[BROUGHT] == o[O_BROUGHT] and e[LAST_USE] == o[O_LAST_USE]
 
 
 @inner
@@ -303,16 +391,18 @@ def take_order(s):
 @inner
 def forget(s, key):
     """The expert gives its place up."""
-    layer = s.static[key, S_LAYER]
-    if s.entry[key, HELD] == LANDED:
+    layer = static(s, key, S_LAYER)
+    if s.held[key] == LANDED:
         s.landed[layer] -= 1
     s.here[layer] -= 1
-    s.entry[key, HELD] = ABSENT
+    s.held[key] = ABSENT
 
 
 @inner
 def leave(s, key):
     """The expert is evicted from its pool."""
-    remove(s, s.static[key, S_POOL], key)
+    if s.choice[LISTED]:
+        unlist(s, key)
+    remove(s, static(s, key, S_POOL), key)
     forget(s, key)
     s.g[EVICTIONS] += 1
