@@ -150,6 +150,10 @@ def replay(
     engine: EngineOption = "auto",
     anchors: Annotated[bool, typer.Option("--anchors/--no-anchors", help="Also run the four anchors.")] = True,
     prices: PricesOption = None,
+    placement: Annotated[
+        Path | None,
+        typer.Option("--placement", help="EPLB map (.json) or TensorRT-LLM YAML: which GPU has which experts."),
+    ] = None,
     timeline: Annotated[Path | None, typer.Option("--timeline", help="Write a timeline for ui.perfetto.dev.")] = None,
     as_json: JsonOption = False,
     format_: Annotated[
@@ -160,7 +164,7 @@ def replay(
 ) -> None:
     """Replay a routing trace under a policy: does it fit, how fast, what limits it."""
     from moesim.page import format_run
-    from moesim.question import run
+    from moesim.question import compose, run
     from moesim.result_formats import check_format, result_files, write_files
     from moesim.timeline import write_timeline
     from moesim.trace.io import read
@@ -176,8 +180,11 @@ def replay(
     if trace is not None:
         routing = read(trace)
     else:
-        routing = _drawn(model, workload, num_prompts or 16, random_input_len, random_output_len, seed)
-    result = run(routing, policy, question, settings or [], anchors, detail=bool(timeline or output))
+        routing = drawn(model, workload, num_prompts or 16, random_input_len, random_output_len, seed)
+    system = compose(policy, settings or [])
+    if placement:
+        system = _placed(system, placement, routing, question.machine)
+    result = run(routing, system, question, anchors=anchors, detail=bool(timeline or output))
     if timeline and result.records.requests:
         write_timeline(result.records, timeline)
     if output:
@@ -203,7 +210,15 @@ def _priced(machine: str, prices: Path | None) -> Any:
     return priced(load_machine(machine), read_prices(prices))
 
 
-def _drawn(model: str | None, workload: Path | None, requests: int, prompt: int, output: int, seed: int) -> Any:
+def _placed(system: Any, placement: Path, routing: Any, machine: Any) -> Any:
+    from moesim.machine import load_machine
+    from moesim.placement_files import placed
+
+    gpus = (load_machine(machine) if isinstance(machine, str) else machine).gpus
+    return placed(system, placement, routing, gpus)
+
+
+def drawn(model: str | None, workload: Path | None, requests: int, prompt: int, output: int, seed: int) -> Any:
     """Synthetic routing for a model: of requests that long, or a pool that those of a workload file are joined from."""
     from moesim.model import load_model
     from moesim.output import remark
@@ -385,6 +400,7 @@ def _mount() -> None:
     from moesim.commands.doctor import doctor
     from moesim.commands.machine import app as machine_app
     from moesim.commands.model import app as model_app
+    from moesim.commands.placement import app as placement_app
     from moesim.commands.plan import plan
     from moesim.commands.policy import app as policy_app
     from moesim.commands.profile import app as profile_app
@@ -400,6 +416,7 @@ def _mount() -> None:
     app.add_typer(sweep_app, name="sweep", help="Many runs at once: a grid or a list, results in one data set.")
     app.add_typer(trace_app, name="trace", help="Routing traces: import, check, describe, cut, draw.")
     app.add_typer(model_app, name="model", help="Models: sizes from a name, config.json or GGUF.")
+    app.add_typer(placement_app, name="placement", help="Which GPU has which experts, in serving engines' files.")
     app.add_typer(policy_app, name="policy", help="Policies: check one, built in or your own.")
     app.add_typer(profile_app, name="profile", help="Profiles: measured and imported costs of machines.")
     app.add_typer(machine_app, name="machine", help="Machines of the catalogue, and what each rate is taken from.")

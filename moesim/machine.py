@@ -5,6 +5,7 @@ Memory is in bytes, rates in decimal GB/s (bytes per ns), tensor rates in dense 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -108,7 +109,13 @@ class Machine:
     @property
     def usd_per_hour(self) -> float | None:
         """Of all its GPUs; None where no price is known."""
-        return None if self.prices.known is None else self.prices.known * self.gpus
+        known = [machine.prices.known for machine in self.each]
+        return None if None in known else math.fsum(price or 0.0 for price in known)
+
+    @property
+    def each(self) -> list[Machine]:
+        """A machine for every GPU: this one for those alike, then the others."""
+        return [self] * (self.gpus - len(self.others)) + list(self.others)
 
     @property
     def summary(self) -> str:
@@ -237,7 +244,8 @@ def _from_row(row: dict[str, str], host: dict[str, str], links: dict[str, Link])
 
 
 def priced(machine: Machine, prices: dict[str, Prices]) -> Machine:
-    """`machine` at the price of its name, else of its GPU's, else as it is."""
+    """`machine` at the price of its name, else of its GPU's, else as it is; unlike GPUs each at its own."""
+    machine = replace(machine, others=tuple(priced(other, prices) for other in machine.others))
     return replace(machine, prices=prices.get(machine.name) or prices.get(machine.gpu.name) or machine.prices)
 
 

@@ -143,7 +143,7 @@ def cost_metrics(machine: Machine, numbers: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-ENERGY = "GPUs x (TDP x seconds it computes + idle power x the other seconds) / output tokens"
+ENERGY = "(TDP of all GPUs x seconds computing + their idle power x the other seconds) / output tokens"
 
 
 def busy_share_energy(machine: Machine, busy_ns: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,17 +152,18 @@ def busy_share_energy(machine: Machine, busy_ns: int, numbers: Mapping[str, Any]
     TDP is the most a GPU draws in the long run, so an upper estimate of its computing; idle power that is not known
     counts as 0, a lower one of its waiting. None where no TDP is known.
     """
-    gpu, seconds = machine.gpu, numbers["duration_s"]
+    seconds, gpus = numbers["duration_s"], [one.gpu for one in machine.each]
     busy = min(busy_ns / 1e9, seconds)
+    tdp = [gpu.tdp_w for gpu in gpus if gpu.tdp_w is not None]
     joules = None
-    if gpu.tdp_w is not None:
-        joules = machine.gpus * (gpu.tdp_w * busy + (gpu.idle_w or 0.0) * (seconds - busy))
+    if len(tdp) == len(gpus):
+        joules = sum(tdp) * busy + sum(gpu.idle_w or 0.0 for gpu in gpus) * (seconds - busy)
         joules /= max(numbers["total_output_tokens"], 1)
     return {
         "joules_per_output_token": joules,
         "formula": ENERGY,
-        "tdp_w": gpu.tdp_w,
-        "idle_w": gpu.idle_w,
+        "tdp_w": sum(tdp) if len(tdp) == len(gpus) else None,
+        "idle_w": None if any(gpu.idle_w is None for gpu in gpus) else sum(gpu.idle_w or 0.0 for gpu in gpus),
         "busy_share": busy / seconds,
     }
 

@@ -82,8 +82,8 @@ def _cost_lines(s: dict[str, Any]) -> list[str]:
     if m["joules_per_output_token"] is not None:
         idle = "idle power not known, taken as 0" if energy["idle_w"] is None else f"{energy['idle_w']:g} W else"
         lines.append(
-            f"energy        {m['joules_per_output_token']:.3g} J per output token: {energy['tdp_w']:g} W (TDP of the "
-            f"specification) while a GPU computes, {energy['busy_share']:.1%} of the time; {idle}; without the host"
+            f"energy        {m['joules_per_output_token']:.3g} J per output token: {energy['tdp_w']:g} W (TDP by "
+            f"specification) while GPUs compute, {energy['busy_share']:.1%} of the time; {idle}; without the host"
         )
     return lines
 

@@ -79,8 +79,7 @@ def read_profile(spec: str | Path) -> Profile:
         raise CalibrationError(f"profile '{spec}': neither a directory nor shipped{nearest(str(spec), shipped())}")
     meta = read_meta(path / "meta.yaml")
     samples = [row for table in TABLES for row in _read_rows(path / f"{table}.parquet")]
-    fit = path / "fit.json"
-    curves = list(_read_fit(fit, fit.stat().st_mtime_ns)) if fit.exists() else []
+    curves = list(_read_fit(path / "fit.json"))
     if not samples and not curves:
         raise CalibrationError(f"{path}: holds neither samples nor curves; measure or import it again")
     return Profile(str(meta["name"]), meta, samples, curves)
@@ -164,8 +163,16 @@ def _read_text(path: Path, limit: int) -> str:
         raise CalibrationError(f"{path}: not UTF-8 text") from error
 
 
-@lru_cache(maxsize=8)  # a plan asks for the same curves many times
-def _read_fit(path: Path, written_ns: int) -> tuple[Curve, ...]:
+def _read_fit(path: Path) -> tuple[Curve, ...]:
+    """The curves of a file; read once as long as it stays what it is, since a band asks for them a dozen times."""
+    if not path.exists():
+        return ()
+    found = path.stat()
+    return _curves(path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=8)
+def _curves(path: Path, changed_ns: int, size: int) -> tuple[Curve, ...]:
     try:
         data = json.loads(_read_text(path, MAX_FIT_BYTES))
         return tuple(Curve.from_dict(entry) for entry in data["curves"])

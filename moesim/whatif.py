@@ -10,12 +10,12 @@ from typing import Any
 from moesim.efficiencies import RESOURCES, read_table
 from moesim.errors import PolicyError, WorkloadError, nearest
 from moesim.machine import Machine, catalogue, load_machine, priced
+from moesim.model_error import band
 from moesim.output import progress
 from moesim.policies.eviction import Eviction
 from moesim.policies.own import is_own
 from moesim.prediction import Oracle
 from moesim.prices import Prices
-from moesim.published import band
 from moesim.question import Question, on_sample, predict
 from moesim.systems import System
 from moesim.trace import Trace

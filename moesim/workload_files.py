@@ -89,15 +89,8 @@ def _azure(path: Path, reader: Any) -> Iterator[Row]:
             seconds = (at - began).total_seconds()
         except (ValueError, TypeError):
             raise WorkloadError(f"{path}, line {line}: TIMESTAMP '{text}' must be a date and time") from None
-        yield _row(
-            f"{path}, line {line}",
-            line,
-            row | {"seconds": str(seconds)},
-            "seconds",
-            "ContextTokens",
-            "GeneratedTokens",
-            1.0,
-        )
+        row |= {"seconds": str(seconds)}
+        yield _row(f"{path}, line {line}", line, row, "seconds", "ContextTokens", "GeneratedTokens", 1.0)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -143,11 +136,12 @@ def _sharegpt(path: Path, data: list[Any]) -> Iterator[Row]:
         where = f"{path}, conversation {number}"
         if not isinstance(one, dict) or not isinstance(one.get("conversations"), list):
             raise WorkloadError(f"{where}: has no list 'conversations'; ShareGPT's are {{id, conversations}}")
-        turns = [turn.get("value") if isinstance(turn, dict) else None for turn in one["conversations"][:2]]
-        if not all(isinstance(turn, str) for turn in turns):
+        given = [turn.get("value") if isinstance(turn, dict) else None for turn in one["conversations"][:2]]
+        turns = [turn for turn in given if isinstance(turn, str)]
+        if len(turns) < len(given):
             raise WorkloadError(f"{where}: each turn must be {{from, value}} with a text")
         if len(turns) == 2 and all(turns):
-            prompt, output = (-(-len(str(turn)) // CHARACTERS) for turn in turns)
+            prompt, output = (-(-len(turn) // CHARACTERS) for turn in turns)
             row = {"at": 0, "prompt": prompt, "output": output}
             yield _row(where, number, row, "at", "prompt", "output", 1.0)._replace(counted=False)
 

@@ -21,7 +21,7 @@ ROOMS = [
     ["workload", "workload_files", "prediction"],
     ["policies"],
     ["transforms"],
-    ["systems"],
+    ["systems", "placement_files"],
     ["packing", "records"],
     ["engine"],
     ["metrics", "timeline", "plots", "run_figures", "profile_plots", "contracts", "model_error"],

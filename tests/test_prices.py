@@ -79,6 +79,9 @@ def test_cost_and_energy_by_hand():
     idling = replace(h200, gpu=replace(h200.gpu, idle_w=70.0))
     energy = busy_share_energy(idling, 6_000_000_000, NUMBERS)
     assert energy["joules_per_output_token"] == pytest.approx(2 * (700 * 6 + 70 * 4) / 10_000)
+    both = load_machine("l4+t4")
+    assert busy_share_energy(both, 6_000_000_000, NUMBERS)["joules_per_output_token"] == pytest.approx(142 * 6 / 10_000)
+    assert both.usd_per_hour is None and load_machine("l4+l40s").usd_per_hour == pytest.approx(0.8 + 0.85)
     unknown = load_machine("strix-halo")
     assert cost_metrics(unknown, NUMBERS)["usd_per_million_tokens"] is None
     assert busy_share_energy(unknown, 1, NUMBERS)["joules_per_output_token"] is None
@@ -117,7 +120,7 @@ def test_replay_says_what_tokens_cost_and_what_that_rests_on(tmp_path, small_con
     )
     assert summary["price"] == {"usd_per_hour": 0.36, "date": "2026-01-05", "source": "us"}
     page = call(*words, "--prices", file)[1]
-    assert "at $0.36 per hour (us, 2026-01-05)" in page and "450 W (TDP of the specification)" in page
+    assert "at $0.36 per hour (us, 2026-01-05)" in page and "450 W (TDP by specification)" in page
     assert "price         none: no price is known" in call(*words)[1]
 
 

@@ -16,7 +16,7 @@ from moesim.engine.batch import Batch
 from moesim.engine.clock import Clock
 from moesim.engine.events import MIXER, RESIDENT, STEP
 from moesim.engine.residency import Counts
-from moesim.policies.balance import Layout, balanced, contiguous, exact
+from moesim.policies.balance import Layout, balanced, first_slots
 from moesim.records import KERNELS, Records
 from moesim.systems.system import System
 from moesim.trace import Trace
@@ -278,16 +278,9 @@ class Cluster:
     # Placement
 
     def _first_layout(self, load: NDArray[np.float64]) -> Layout | None:
-        parallel, (layers, experts) = self._parallel, load.shape
-        if parallel.sliced:
+        if self._parallel.sliced:
             return None
-        slots = parallel.slots(experts, self._gpus)
-        place = {
-            "contiguous": lambda: contiguous(layers, experts),
-            "balanced": lambda: balanced(load, slots, self._gpus),
-            "exact": lambda: exact(load, self._gpus)[0],
-        }[parallel.placement]
-        return Layout(place(), self._gpus, experts)
+        return Layout(first_slots(self._parallel, load, self._gpus), self._gpus, load.shape[1])
 
     def _rebalance(self, counts: I64) -> int:
         """ns that placing anew takes after this pass: experts travel between GPUs while nothing is served."""

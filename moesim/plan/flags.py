@@ -6,6 +6,7 @@ docs.vllm.ai.
 
 from __future__ import annotations
 
+from moesim.errors import PolicyError
 from moesim.machine import Machine
 from moesim.policies import Even, WholeLayers
 from moesim.question import Scene
@@ -29,6 +30,13 @@ def as_it_fits(spec: str, system: System, scene: Scene) -> str:
         text = ", ".join(f"{name}={value}" for name, value in given.items() if value)
         return f"KTransformers({text})" if text else "KTransformers"
     return spec
+
+
+def on_cpu(system: System, scene: Scene) -> list[int]:
+    """Blocks whose experts llama.cpp keeps on the CPU. Raises PolicyError for systems that do not divide by layers."""
+    if not isinstance(system.capacity, WholeLayers):
+        raise PolicyError(f"{system.name} does not keep whole layers' experts on one side; take --policy llama.cpp")
+    return [block for block, kept in zip(scene.model.moe_layers, _kept(system, scene), strict=True) if not kept]
 
 
 def _kept(system: System, scene: Scene) -> list[int]:

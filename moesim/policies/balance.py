@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.errors import PolicyError
+from moesim.policies.parallel import Parallel
 
 Loads = NDArray[np.float64]  # [layers, experts]
 Slots = NDArray[np.int64]  # [layers, slots]: the expert in each; GPU g has slots g * n to (g + 1) * n
@@ -66,6 +67,20 @@ def _replicated(load: Loads, slots: int) -> NDArray[np.int64]:
         held.append(busiest)
         count[busiest] += 1
     return np.array(held)
+
+
+def first_slots(parallel: Parallel, load: Loads, gpus: int) -> Slots:
+    """Where `parallel` places whole experts before the first pass, by `load`."""
+    layers, experts = load.shape
+    slots = parallel.slots(experts, gpus)
+    match parallel.placement:
+        case "balanced":
+            return balanced(load, slots, gpus)
+        case "exact":
+            return exact(load, gpus)[0]
+        case "given":
+            return np.array(parallel.layout, dtype=np.int64)
+    return contiguous(layers, experts)
 
 
 def exact(load: Loads, gpus: int) -> tuple[Slots, NDArray[np.float64]]:

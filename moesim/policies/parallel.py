@@ -20,6 +20,7 @@ PLACEMENTS = {
     "contiguous": "in order: the first experts on the first GPU",
     "balanced": "DeepSeek's EPLB: the most loaded experts get replicas, and GPUs equal loads",
     "exact": "the least possible load of the busiest GPU, by integer program; no replicas",
+    "given": "as `layout` says, from a file of a serving engine",
 }
 
 
@@ -33,6 +34,7 @@ class Parallel:
     redundant: replicas a layer has beyond one of each expert; None: an eighth of the experts, or as few more as make
     the GPUs' numbers equal. interval: passes after which `balanced` places anew by the loads since; 0: once, by the
     calibration requests. overlap: two halves of a batch take turns, so that one exchanges while the other computes.
+    layout: of `given`: by MoE layer, the expert in each slot, GPU after GPU.
     """
 
     attention: str = "tensor"
@@ -41,6 +43,7 @@ class Parallel:
     redundant: int | None = 0
     interval: int = 0
     overlap: bool = False
+    layout: tuple[tuple[int, ...], ...] = ()
     shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class Parallel:
             )
         if self.placement != "contiguous" and self.experts != "expert":
             raise PolicyError(f"parallel.placement {self.placement} places whole experts; set parallel.experts=expert")
+        if (self.placement == "given") != bool(self.layout):
+            raise PolicyError("parallel.placement=given and parallel.layout go together; --placement FILE sets both")
         if self.placement != "balanced" and (self.redundant or self.interval):
             raise PolicyError("parallel.redundant and parallel.interval go with parallel.placement=balanced")
 
@@ -79,6 +84,8 @@ class Parallel:
 
         Raises PolicyError where that cannot be.
         """
+        if self.layout:
+            return len(self.layout[0])
         least = -(-experts // 8) if self.redundant is None else self.redundant
         if self.placement != "balanced":
             least = 0
