@@ -133,7 +133,7 @@ def timeline() -> None:
     listed = _wait(_job("profiles", ["profile", "list"], given))
     if listed is not None:
         st.dataframe(listed.get("profiles", listed), hide_index=True)
-    st.caption("Predictions beside 116 published measurements: docs/accuracy.md, or `moesim validate published`.")
+    st.caption("Predictions beside published measurements: docs/accuracy.md, or `moesim validate published`.")
 
 
 # -- running commands ---------------------------------------------------------------------------------------------
