@@ -246,7 +246,7 @@ class Scene:
             graph=system.graph
         )
         _, models = slices(model, costs, parallel.shares, parallel.attention == "tensor", parallel.sliced)
-        gpus = [machine.gpu] * (machine.gpus - len(machine.others)) + [other.gpu for other in machine.others]
+        gpus = [one.gpu for one in machine.each]
         return list(dict.fromkeys((replace(machine, gpu=g), m) for g, m in zip(gpus, models, strict=True)))
 
     def _plan(self, system: System, sequences: int, machine: Machine, model: Model, held: int | None) -> Ledger:

@@ -112,6 +112,16 @@ def test_an_archive_that_is_no_profile_is_refused_and_leaves_nothing(tmp_path, m
     assert not any((tmp_path / "uploads").iterdir()) and not (tmp_path / "evil.sh").exists()
 
 
+@pytest.mark.parametrize("name", ["..zip", "...zip", "../...zip"])
+def test_an_archive_cannot_name_another_folder(tmp_path, name):
+    files = Files(None, tmp_path / "uploads")
+    members = {path.name: path.read_bytes() for path in (SHIPPED_PROFILES / "a100-sxm").iterdir()}
+    files.add("kept.zip", zipped(members))
+    with pytest.raises(ValueError, match="name the archive"):
+        files.add(name, zipped(members))
+    assert files.profiles() == ["kept"]
+
+
 def test_a_job_answers_what_the_command_line_says_and_only_once(tmp_path):
     files = Files(TRACES, tmp_path / "uploads")
     one, _ = from_query(QUICK)

@@ -130,7 +130,7 @@ def _best(best: dict[str, Any]) -> list[str]:
     )
     than = {"difference": "the next", "over_published": "the best published", "over_composed": "the best composed"}
     return [
-        f"best: {_named(best)}: {best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g})",
+        f"best: {way(best)}: {best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g})",
         f"  limited by {best['limited_by']}; anchors, tok/s: {anchors}; ceiling {best['ceiling']:.4g}",
         *(f"  {engine}: {line}" for engine, line in best["flags"].items()),
         *(_gap(than[name], gap) for name in than if (gap := best.get(name))),
@@ -138,17 +138,17 @@ def _best(best: dict[str, Any]) -> list[str]:
 
 
 def _table(result: dict[str, Any]) -> list[str]:
-    front = [_named(row) for row in result["pareto"]]
+    front = [way(row) for row in result["pareto"]]
     composed = [row for row in result["candidates"] if row["settings"]]
-    hidden = [id(row) for row in composed[SHOWN:] if _named(row) not in front]
+    hidden = [id(row) for row in composed[SHOWN:] if way(row) not in front]
     rows = [row for row in result["candidates"] if id(row) not in hidden]
-    width = max([len(_named(row)) for row in rows], default=0) + 2
+    width = max([len(way(row)) for row in rows], default=0) + 2
     lines = [f"{'  way':{width}}{'tok/s':>9}{'TTFT ms':>10}{'TPOT ms':>10}{'$/Mtok':>9}  SLOs"]
     for row in rows:
         price = row["usd_per_million_output_tokens"]
         cost = "-" if price is None else f"{price:.3g}"
         tpot = "-" if row["mean_tpot_ms"] is None else f"{row['mean_tpot_ms']:.4g}"
-        name = f"{'*' if _named(row) in front else ' '} {_named(row)}"
+        name = f"{'*' if way(row) in front else ' '} {way(row)}"
         lines.append(
             f"{name:{width}}{row['output_throughput']:>9.4g}{row['mean_ttft_ms']:>10.4g}{tpot:>10}{cost:>9}  "
             + ("kept" if row["keeps_slos"] else f"kept by {row['slo_attainment']:.0%}")
@@ -160,7 +160,7 @@ def _table(result: dict[str, Any]) -> list[str]:
 def _gap(than: str, gap: dict[str, Any]) -> str:
     exceeds = "more" if gap["exceeds"] else "no more"
     return (
-        f"  better by {gap['value']:.1%} than {than}, {_named(gap['of'])} (P10 to P90: {gap['p10']:+.1%} to "
+        f"  better by {gap['value']:.1%} than {than}, {way(gap['of'])} (P10 to P90: {gap['p10']:+.1%} to "
         f"{gap['p90']:+.1%}): {exceeds} than the costs are unsure"
     )
 
@@ -169,10 +169,10 @@ def _excluded(rows: list[dict[str, Any]]) -> list[str]:
     """Those left out for one reason together."""
     by_reason: dict[str, list[str]] = {}
     for row in rows:
-        by_reason.setdefault(row["reason"], []).append(_named(row))
+        by_reason.setdefault(row["reason"], []).append(way(row))
     return [f"excluded: {'; '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-def _named(row: dict[str, Any]) -> str:
+def way(row: dict[str, Any]) -> str:
     policy = " with ".join([row["policy"], *([", ".join(row["settings"])] if row["settings"] else [])])
     return f"{policy} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"

@@ -13,6 +13,7 @@ import numpy as np
 import streamlit as st
 
 from moesim import plots
+from moesim.commands.plan import way
 from moesim.dashboard.controls import Shared
 from moesim.dashboard.jobs import Job, start
 from moesim.dashboard.state import Asked, settings_of, to_query, words
@@ -372,7 +373,6 @@ def _front(found: dict[str, Any]) -> Any:
     for row in found["candidates"]:
         if row["mean_tpot_ms"]:
             on_front = {name: row[name] for name in found["pareto"][0]} in found["pareto"]
-            label = f"{row['policy']} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"
-            at = 1000 / row["mean_tpot_ms"], row["output_throughput"], label
+            at = 1000 / row["mean_tpot_ms"], row["output_throughput"], way(row)
             points["no other is better at once" if on_front else "others"].append(at)
     return speed_for_each_user(points)

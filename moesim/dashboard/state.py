@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import tempfile
 import zipfile
@@ -185,6 +186,10 @@ def _add_profile(folder: Path, path: Path, data: bytes) -> str:
     from moesim.machine import load_machine
     from moesim.profile import read_profile
 
+    if not re.fullmatch(r"\w[\w.-]*", path.stem):  # it becomes a folder: ".." must not be one
+        raise ValueError(
+            f"{path.name}: name the archive with letters, digits, dots and dashes, a letter or digit first"
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]

@@ -17,7 +17,7 @@ from moesim.errors import MoesimError, WorkloadError, nearest
 from moesim.machine import Machine
 from moesim.metrics import latency_metrics, throughput_metrics
 from moesim.model import Model
-from moesim.model_error import ModelError, band, basis_of, model_error
+from moesim.model_error import NONE, ModelError, band, basis_of, model_error
 from moesim.plan.flags import as_it_fits, flags
 from moesim.policies import FCFS
 from moesim.question import ANCHORS, Question, Scene, anchor, compose, predict_band, run
@@ -442,8 +442,9 @@ def _difference(best: Row, second: Row, sure: dict[int, tuple[list[Row], ModelEr
         ratio = 1 / ratio
     together = best["machine"] == second["machine"]
     moved = [a / b for a, b in zip(mine, theirs, strict=True)] if together else mine + [1 / b for b in theirs]
-    own = 0.0 if together else math.hypot(sure[id(best)][1].own, sure[id(second)][1].own)
-    low, high = band(ratio, [ratio * m for m in moved], ModelError(sure[id(best)][1].costs, own))
+    one, other = (sure[id(row)][1] for row in (best, second))
+    error = NONE if together else ModelError(one.costs, math.hypot(one.own, other.own))
+    low, high = band(ratio, [ratio * m for m in moved], error)
     return {"of": _name_of(second), "value": ratio - 1, "p10": low - 1, "p90": high - 1, "exceeds": low > 1}
 
 

@@ -191,6 +191,13 @@ def test_costs_that_both_have_in_common_cancel_out(objective):
     assert (1 + gap["p90"]) / (1 + gap["p10"]) < high / low
 
 
+def test_a_difference_is_unsure_as_common_costs_are_also_where_bands_are_the_models_own():
+    """Where experts are absent, costs have no share in a band; in what two systems differ by they do."""
+    card = machine("l4", 573)
+    gap = plan(MODEL, Space([card], [32.0], ["LRU", "KTransformers"], [1]), Asked(4, 6))["best"]["difference"]
+    assert gap["p10"] < gap["value"] < gap["p90"]
+
+
 def test_several_gpus_are_planned_for_where_they_can_serve():
     choices = Space([load_machine("2xh100-sxm")], [32.0], ["all-resident", "LRU"], [2])
     result = plan(MODEL, choices, Asked(4, 6))
