@@ -161,12 +161,14 @@ def test_imported_profiles_hold_curves_with_their_source_and_no_rows(name: str) 
 
 
 def test_a_measured_profile_ships_with_its_rows_and_is_asked_for_by_name() -> None:
-    assert shipped() == ["a100-sxm", "h100-sxm", "h200-measured", "h200-sxm"]
+    assert shipped() == ["a100-sxm", "h100-measured", "h100-sxm", "h200-measured", "h200-sxm"]
+    for card, gpu in (("h200", "NVIDIA H200"), ("h100", "NVIDIA H100 80GB HBM3")):
+        found = read_profile(f"{card}-measured")
+        assert found.meta["provenance"] == "measured" and found.meta["gpu"] == gpu
+        assert len(found.samples) == sum(curve.points for curve in found.curves) > 4000
+        assert load_machine(f"{card}-measured").profile == f"{card}-measured"
+        assert load_machine(card).profile == f"{card}-sxm"
     found = read_profile("h200-measured")
-    assert found.meta["provenance"] == "measured" and found.meta["gpu"] == "NVIDIA H200"
-    assert len(found.samples) == sum(curve.points for curve in found.curves) > 4000
-    assert load_machine("h200-measured").profile == "h200-measured"
-    assert load_machine("h200").profile == "h200-sxm"
     rows = compare(found, read_profile("h200-sxm"))
     beside = {row["beside"]: row["median"] for row in rows if row["curve"].startswith("gemm bf16")}
     assert len(beside) == 2 and all(0.8 < ratio < 1.1 for ratio in beside.values())  # torch's products in both engines
@@ -208,7 +210,7 @@ def run(*words: str) -> str:
 def test_list() -> None:
     text = run("list")
     assert "h200-sxm" in text and "specification-sheet only:" in text and "rtx-4090" in text
-    assert len(json.loads(run("list", "--json"))["profiles"]) == 4
+    assert len(json.loads(run("list", "--json"))["profiles"]) == 5
 
 
 def test_show_has_what_a_script_needs(profile: Profile, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def live(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five small cases in seconds, to see that it works.")] = False,
     only: Annotated[str | None, typer.Option("--only", help="Groups of cases, such as 'batch 1,prefill'.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=5, help="Clean runs of each case.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory for the report.")] = None,
 ) -> None:
@@ -56,7 +57,7 @@ def live(
     session, report = _checkout()
     routing = read(trace or ROOT / "traces" / "tiny-moe-8x16.parquet")
     with _bar(seconds) as show:
-        result = session.validate(routing, device, seconds, disk, quick, pace, only, show)
+        result = session.validate(routing, device, seconds, disk, quick, pace, only, repeats, show)
     if output is not None:
         report.save(result, output)
     emit(result, report.text(result), as_json)

@@ -37,7 +37,7 @@ def made_up():
     """A round number for every cost: 10 us per token of an expert, 1 ns per 4 bytes copied."""
     samples = Samples()
     for tokens in TOKENS:
-        for name in ("expert", "low expert", "further expert", "further low expert", "mixer", "bookkeeping"):
+        for name in ("expert", "low expert", "further expert", "further low expert", "arrived expert", "mixer"):
             samples.note(name, tokens, 10_000 * tokens)
         samples.note("host expert", tokens, 25_000 * tokens)
     for nbytes in (1000, 100_000):
@@ -50,14 +50,14 @@ def run(case, trace, on_disk=False):
     prepared = prepare(case, shapes(trace, quick=True)["small"], trace)
     stage = stage_for(prepared.shape, [prepared], Backend("cpu"), on_disk)
     try:
-        table = MeasuredTable(stage, made_up())
+        table = MeasuredTable(stage.shape, made_up())
         log = play(prepared, stage, table.miss_costs, FREE, 0.0)
-        return prepared, table, log, compare.simulated(prepared, table), stage
+        return prepared, table, log, compare.simulated(prepared, table)[0], stage
     finally:
         stage.close()
 
 
-CASES = [replace(c, shape="small") for c in cases() if c.group != "big experts"]
+CASES = [replace(c, shape="small") for c in cases() if c.shape == "small"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.group}: {c.name}" for c in CASES])
@@ -67,7 +67,8 @@ def test_the_runtime_decides_as_the_simulator_does(case, trace):
     if prepared.exact:
         assert found["identical"], found
     assert found["agreement"] > 0.5  # what a prefetch brings in time depends on the clock
-    assert found["real_hits"] + found["real_lates"] + found["real_misses"] == found["lookups"]
+    if prepared.exact or prepared.system.misses.rule != "precision":  # which skips what is not there in time
+        assert found["real_hits"] + found["real_lates"] + found["real_misses"] == found["lookups"]
 
 
 def test_experts_in_a_file_are_decided_alike(trace):
@@ -114,8 +115,7 @@ def test_slices_measure_every_cost_the_simulator_asks_for(trace):
     prepared = prepare(Case("", "", "small", "LRU", 4, batch=8, steps=2), shapes(trace, True)["small"], trace)
     stage = stage_for(prepared.shape, [prepared], Backend("cpu"), False)
     samples = Slice(stage, FREE, 0.0, 8).take()
-    samples.note("bookkeeping", 1, 1000.0)
-    table = MeasuredTable(stage, samples)
+    table = MeasuredTable(stage.shape, samples)
     assert table.copy_ns(stage.shape.nbytes()) > 0 and table.host_expert_ns(3) > 0 and table.handoff_ns >= 0
     one, two, three = (table.grouped_ns(n, n) for n in (1, 2, 3))
     assert 0 < one <= two and three - two == pytest.approx(two - one, abs=2)
@@ -160,6 +160,15 @@ def test_groups_can_be_chosen():
     assert {case.group for case in chosen(False, "prefill, batch 1")} == {"prefill", "batch 1"}
     with pytest.raises(ValidationError, match="unknown group 'prefil'; did you mean 'prefill'"):
         chosen(False, "prefil")
+
+
+def test_sparse_experts_are_for_gpus(trace):
+    assert "2:4" in {case.shape for case in chosen(False, None, "cuda")}
+    assert "2:4" not in {case.shape for case in chosen(False, None, "cpu")}
+    with pytest.raises(ValidationError, match="needs Sparse Tensor Cores"):
+        chosen(False, "2:4 experts", "cpu")
+    dense, sparse = shapes(trace, quick=False)["small"], shapes(trace, quick=False)["2:4"]
+    assert sparse.nbytes() == sparse.weights * 2 * 9 // 16 and dense.nbytes() == dense.weights * 4
 
 
 def test_what_cannot_be_run_is_said_beforehand(trace):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +162,6 @@ def _steps(requests: tuple[Request, ...]) -> Iterator[tuple[NDArray[np.int64], N
     yield from zip(tokens, [*tokens[1:], np.empty(0, dtype=np.int64)], strict=True)
 
 
-def all_hits(prepared: Prepared) -> Prepared:
-    """The same with a cache that holds all it is asked for: every token at the first experts, brought in once."""
-    experts = np.broadcast_to(np.arange(prepared.shape.top_k, dtype=np.int16), prepared.trace.experts.shape)
-    trace = replace(prepared.trace, experts=np.ascontiguousarray(experts))
-    system = load_system("LRU")
-    slots = Slots((prepared.shape.top_k * prepared.shape.nbytes(),) * prepared.shape.layers, 0)
-    return replace(prepared, trace=trace, system=system, slots=slots, beliefs=())
-
-
 def cases(quick: bool = False) -> list[Case]:
     """The cases of a run; quick: a handful on one shape, for tests."""
     if quick:
@@ -181,7 +172,7 @@ def cases(quick: bool = False) -> list[Case]:
             Case("decode", "on the host", "small", "LRU", 8, steps=3, settings=("misses.rule=host",)),
             Case("decode", "prefetch, good", "small", "LRU", 8, steps=3, settings=("predictor=oracle(recall=0.9)",)),
         ]
-    one, many, prompts, big = "batch 1", "batch 32", "prefill", "big experts"
+    one, many, prompts, big, sparse = "batch 1", "batch 32", "prefill", "big experts", "2:4 experts"
     good, bad = ("predictor=oracle(recall=0.9)",), ("predictor=oracle(recall=0.3)",)
     hobbit = ("misses.low_bits=16",)
     return [
@@ -189,6 +180,7 @@ def cases(quick: bool = False) -> list[Case]:
         Case(one, "LRU, starved", "small", "LRU", 1),
         Case(one, "LRU, half", "small", "LRU", 8),
         Case(one, "LRU, three quarters", "small", "LRU", 12),
+        Case(one, "all resident", "small", "static", 16),
         Case(one, "LFU, global", "small", "LFU(scope='global')", 4),
         Case(one, "no cache", "small", "on-demand", 4),
         Case(one, "static", "small", "static", 4),
@@ -200,10 +192,12 @@ def cases(quick: bool = False) -> list[Case]:
         Case(one, "LRU, prefetch of recall 0.9", "small", "LRU", 4, settings=good),
         Case(one, "LRU, prefetch of recall 0.3", "small", "LRU", 4, settings=bad),
         Case(one, "LRU, misses on the host", "small", "LRU", 4, settings=("misses.rule=host",)),
-        Case(one, "Fiddler (cheaper of both)", "small", "Fiddler", 4),
+        Case(one, "LRU, cheaper of both", "small", "LRU", 4, settings=("misses.rule=cheaper",)),
+        Case(one, "Fiddler", "small", "Fiddler", 4),
         Case(many, "LRU, half", "small", "LRU", 8, 32, steps=3, waves=1),
         Case(many, "LRU, a quarter", "small", "LRU", 4, 32, steps=3, waves=1),
         Case(many, "static", "small", "static", 8, 32, steps=3, waves=1),
+        Case(many, "all resident", "small", "static", 16, 32, steps=3, waves=1),
         Case(many, "LRU, prefetch of recall 0.9", "small", "LRU", 8, 32, steps=3, waves=1, settings=good),
         Case(many, "LRU, misses on the host", "small", "LRU", 8, 32, steps=3, waves=1, settings=("misses.rule=host",)),
         Case(prompts, "LRU, half", "small", "LRU", 8, 1, 64, 1, 2),
@@ -213,36 +207,41 @@ def cases(quick: bool = False) -> list[Case]:
         Case(big, "LRU, half", "big", "LRU", 8, steps=6),
         Case(big, "static", "big", "static", 8, steps=6),
         Case(big, "LRU, prefetch of recall 0.9", "big", "LRU", 8, steps=6, settings=good),
+        Case(sparse, "LRU, half", "2:4", "LRU", 8, steps=6),
+        Case(sparse, "static", "2:4", "static", 8, steps=6),
+        Case(sparse, "all resident", "2:4", "static", 16, steps=6),
+        Case(sparse, "LRU, half, batch 32", "2:4", "LRU", 8, 32, steps=3, waves=1),
     ]
 
 
-def chosen(quick: bool, only: str | None) -> list[Case]:
-    """Those of the groups named in `only`, separated by commas; all where it is None."""
+def chosen(quick: bool, only: str | None, device: str = "cuda") -> list[Case]:
+    """Those of the groups named in `only`, separated by commas; all that the device can run where it is None."""
     known = cases(quick)
     if only is None:
-        return known
+        return [case for case in known if case.shape != "2:4" or device != "cpu"]
     groups = list(dict.fromkeys(case.group for case in known))
     wanted = [name.strip() for name in only.split(",")]
     for name in wanted:
         if name not in groups:
             raise ValidationError(f"--only: unknown group '{name}'{nearest(name, groups)}")
+    if device == "cpu" and "2:4 experts" in wanted:
+        raise ValidationError("--only: '2:4 experts' needs Sparse Tensor Cores; add --device cuda or leave them out")
     return [case for case in known if case.group in wanted]
 
 
 def shapes(trace: Trace, quick: bool) -> dict[str, Shape]:
     """Experts of 6 and 18 MiB (96 KiB where quick) for the layers and experts of the trace."""
-    sizes = {"small": (64, 128)} if quick else {"small": (512, 1024), "big": (768, 2048)}
+    sizes = {"small": (64, 128)} if quick else {"small": (512, 1024), "big": (768, 2048), "2:4": (1024, 2048)}
     return {
-        name: Shape(name, trace.layers, trace.info.experts, trace.top_k, hidden, ffn)
+        name: Shape(name, trace.layers, trace.info.experts, trace.top_k, hidden, ffn, name == "2:4")
         for name, (hidden, ffn) in sizes.items()
     }
 
 
 def slots_for(shape: Shape, prepared: list[Prepared]) -> dict[int, int]:
-    """Slots by precision for the largest of the shape's cases, and for the run in which all are hits."""
+    """Slots by precision for the largest of the shape's cases."""
     mine = [p for p in prepared if p.shape == shape]
-    slots = {bits: max(p.buffers(bits) for p in mine) for bits in (HIGH_BITS, LOW_BITS)}
-    return slots | {HIGH_BITS: max(slots[HIGH_BITS], shape.top_k * shape.layers)}
+    return {bits: max(p.buffers(bits) for p in mine) for bits in (HIGH_BITS, LOW_BITS)}
 
 
 def check_memory(by_shape: dict[str, Shape], prepared: list[Prepared], on_disk: bool) -> None:

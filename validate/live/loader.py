@@ -35,13 +35,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Copied:
-    """One transfer as it happened, in ns of time.perf_counter."""
+    """One transfer as it happened, in ns of time.perf_counter. woken: the thread slept until it could start."""
 
     layer: int
     expert: int
     start: int
     end: int
     demand: bool
+    woken: bool
 
 
 class Loader:
@@ -67,7 +68,7 @@ class Loader:
         self._core, self._pace = core, pace_gbps
         self._demand: deque[Job] = deque()
         self._prefetch: deque[Job] = deque()
-        self._closing = False
+        self._closing = self._woken = False
         self.error: Exception | None = None
         self.log: list[Copied] = []
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
@@ -107,11 +108,13 @@ class Loader:
 
     def _take(self) -> Job | None:
         with self._lock:
+            self._woken = False
             while not self._closing:
                 if (job := self._next()) is not None:
                     job.flying = True
                     return job
                 self._lock.wait()
+                self._woken = True
         return None
 
     def _next(self) -> Job | None:
@@ -142,7 +145,7 @@ class Loader:
 
     def _finish(self, job: Job, start: int) -> None:
         with self._lock:
-            self.log.append(Copied(job.layer, job.expert, start, time.perf_counter_ns(), job.demand))
+            self.log.append(Copied(job.layer, job.expert, start, time.perf_counter_ns(), job.demand, self._woken))
             job.flying = False
             job.copied += 1
             if job.copied < job.parts:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from validate.live.loader import Job, Loader
-from validate.live.runtime import Cores, HostExecutor
-from validate.live.weights import HIGH_BITS, LOW_BITS, Stage
+from validate.live.runtime import Cores, HostExecutor, Log
+from validate.live.weights import HIGH_BITS, LOW_BITS, Shape, Stage
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # of one expert
 ROWS = (1, 8, 32, 64, 128)  # of a step
@@ -42,14 +44,17 @@ class Samples:
     def note(self, what: str, size: int, ns: float) -> None:
         self._all[what, size].append(ns)
 
-    def curve(self, *names: str) -> tuple[list[float], list[float]]:
-        """(sizes, ns): the mean over `names` of the medians at each size."""
-        sizes = sorted({size for what, size in self._all if what in names})
-        values = [
-            statistics.fmean(statistics.median(self._all[n, size]) for n in names if self._all.get((n, size)))
-            for size in sizes
-        ]
-        return [float(size) for size in sizes], values
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """(sizes, medians of ns)."""
+        sizes = sorted({size for what, size in self._all if what == name})
+        return [float(size) for size in sizes], [statistics.median(self._all[name, size]) for size in sizes]
+
+    def medians_us(self) -> dict[str, list[tuple[int, float]]]:
+        """(size, median) of everything, for reports."""
+        found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for (what, size), values in sorted(self._all.items()):
+            found[what].append((size, statistics.median(values) / 1e3))
+        return dict(found)
 
     def median(self, what: str) -> float:
         """Over all sizes; 0 where there is none."""
@@ -57,43 +62,104 @@ class Samples:
         return statistics.median(values) if values else 0.0
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """What a runtime in Python takes beside its work. The simulated system is not Python, so this is read off the very
+    runs it is held against.
+
+    layer_ns: of a layer, until its experts are asked for; compute_ns: the rest, per call of kernels; reserve_ns: to
+    look for slots, per transfer; woken, slept: shares of transfers and of arrivals for which the thread that copies or
+    computes has to be woken.
+    """
+
+    layer_ns: float = 0.0
+    compute_ns: float = 0.0
+    reserve_ns: float = 0.0
+    woken: float = 1.0
+    slept: float = 1.0
+
+    @classmethod
+    def of(cls, logs: Sequence[Log]) -> Decisions:
+        """Means over layers, calls and transfers of the medians over runs."""
+        took, kernels, waiting, deciding, computes = np.median(
+            [[row[6:] for row in log.layers] for log in logs], axis=0
+        ).T
+        rest = (took - kernels - waiting - deciding).sum() / max(computes.sum(), 1)
+        transfers = max(len(logs[0].transfers), 1)
+        reserving = statistics.median(log.reserving for log in logs) / transfers
+        woken = statistics.median(sum(copied.woken for copied in log.transfers) for log in logs) / transfers
+        slept = statistics.median(log.slept for log in logs) / max(logs[0].arrivals, 1)
+        return cls(float(deciding.mean()), float(rest), reserving, woken, slept)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of time in which copies and kernels go on side by side: of mixers, of experts that were there, of those
+    that have come, of copies."""
+
+    mixer: float = 0.0
+    resident: float = 0.0
+    arrived: float = 0.0
+    copies: float = 0.0
+
+
 class MeasuredTable:
     """What the engine asks of a cost table (moesim.costs.table.CostTable), answered from `samples` of one stage.
 
     Between sizes measured, costs are interpolated; the mean number of tokens stands for each expert of a group, whose
-    first costs what one alone does and whose others what they add. A copy costs what it takes in a row of copies and
-    the hand-offs around one that is waited for: exact for the only copy of a layer, and that hand-off too much for each
-    further one. Copies and kernels are measured alone and beside each other, and the mean of the two medians is used.
+    first costs what one alone does and whose others what they add. A copy costs what it takes in a row of copies, more
+    where its thread has to be woken; an expert that arrives costs its kernels, right after it has come, and more where
+    that thread has to be woken.
+
+    own: what the decisions of the case take, in Python. overlap: shares of the time of its kernels and copies in which
+    the other kind is under way, where they are as much slower as slices have found.
     """
 
     unified = False
     matrices = 3
     dram_gbps = duplex_gbps = _NO_LIMIT
 
-    def __init__(self, stage: Stage, samples: Samples) -> None:
-        self._shape, self._samples = stage.shape, samples
-        self.model: Any = SimpleNamespace(kv_bytes=lambda context: 0, layers=stage.shape.layers)
-        self._copy = samples.curve("copy", "copy beside kernels")
-        self._expert = {
-            HIGH_BITS: samples.curve("expert", "expert beside copies"),
-            LOW_BITS: samples.curve("low expert"),
-        }
+    def __init__(
+        self, shape: Shape, samples: Samples, own: Decisions = Decisions(), overlap: Overlap = Overlap()
+    ) -> None:
+        self._shape, self.samples, self.own = shape, samples, own
+        self.model: Any = SimpleNamespace(kv_bytes=lambda context: 0, layers=shape.layers)
+        self._copy, self._copy_beside = samples.curve("copy"), samples.curve("copy beside kernels")
+        self._expert = {HIGH_BITS: samples.curve("expert"), LOW_BITS: samples.curve("low expert")}
+        self._arrived = samples.curve("arrived expert")
         self._further = {HIGH_BITS: samples.curve("further expert"), LOW_BITS: samples.curve("further low expert")}
         self._host = samples.curve("host expert")
-        self._mixer, self._overhead = samples.curve("mixer"), samples.curve("bookkeeping")
+        self._mixer = samples.curve("mixer")
         self.handoff_ns = round(samples.median("host hand-off"))
-        self._handoff = samples.median("copy hand-off")
-        self.copy_rate = stage.shape.nbytes() / self.copy_ns(stage.shape.nbytes())
+        self._wake_loader, self._wake_compute = samples.median("wake loader"), samples.median("wake compute")
+        slower = self.interference
+        self._slower_mixer = 1 + overlap.mixer * (slower["kernels"] - 1)
+        self._slower_expert = 1 + overlap.resident * (slower["kernels"] - 1)
+        self._slower_arrived = 1 + overlap.arrived * (slower["arrived"] - 1)
+        self._copies_overlap = overlap.copies if self._copy_beside[0] else 0.0
+        self.copy_rate = shape.nbytes() / self.copy_ns(shape.nbytes())
         self.read_rate = self.host_rate = self.copy_rate
+
+    def of(self, own: Decisions) -> MeasuredTable:
+        """The same for a case whose decisions take that long."""
+        return MeasuredTable(self._shape, self.samples, own)
+
+    def overlapping(self, overlap: Overlap) -> MeasuredTable:
+        """The same for a case in which that much happens at once."""
+        return MeasuredTable(self._shape, self.samples, self.own, overlap)
 
     @property
     def interference(self) -> dict[str, float]:
         """How much slower copies and kernels are beside each other than alone, as factors."""
-        pairs = {"copies": ("copy", "copy beside kernels"), "kernels": ("expert", "expert beside copies")}
+        pairs = {
+            "copies": ("copy", "copy beside kernels"),
+            "kernels": ("expert", "expert beside copies"),
+            "arrived": ("arrived expert", "arrived expert beside copies"),
+        }
         out = {}
         for what, (alone, beside) in pairs.items():
-            sizes = set(self._samples.curve(beside)[0]) & set(self._samples.curve(alone)[0])
-            one, other = (dict(zip(*self._samples.curve(name), strict=True)) for name in (alone, beside))
+            sizes = set(self.samples.curve(beside)[0]) & set(self.samples.curve(alone)[0])
+            one, other = (dict(zip(*self.samples.curve(name), strict=True)) for name in (alone, beside))
             out[what] = statistics.median(other[s] / one[s] for s in sizes) if sizes else 1.0
         return out
 
@@ -102,7 +168,7 @@ class MeasuredTable:
 
     def layers_ns(self, prefill: Sequence[tuple[int, int]], decode_context: Sequence[int]) -> list[int]:
         rows = len(decode_context) + sum(new for new, _ in prefill)
-        return [round(_at(self._mixer, rows) + _at(self._overhead, rows))] * self._shape.layers
+        return [round(_at(self._mixer, rows) * self._slower_mixer + self.own.layer_ns)] * self._shape.layers
 
     @property
     def layer_kinds(self) -> list[int]:
@@ -117,10 +183,14 @@ class MeasuredTable:
     def grouped_ns(self, active: int, tokens: int, bits: float | None = None) -> int:
         kept = HIGH_BITS if bits is None else int(bits)
         first = _at(self._expert[kept], tokens / active)
-        return round(first + (active - 1) * _at(self._further[kept], tokens / active))
+        further = (active - 1) * _at(self._further[kept], tokens / active)
+        return round((first + further) * self._slower_expert + self.own.compute_ns)
 
     def expert_ns(self, tokens: int, bits: float | None = None) -> int:
-        return self.grouped_ns(1, tokens, bits)
+        kernels = _at(self._arrived, tokens) * self._slower_arrived
+        if bits == LOW_BITS:
+            kernels *= _at(self._expert[LOW_BITS], tokens) / _at(self._expert[HIGH_BITS], tokens)
+        return round(kernels + self.own.compute_ns + self.own.slept * self._wake_compute)
 
     def host_expert_ns(self, tokens: int, bits: float | None = None) -> int:
         return round(_at(self._host, tokens))
@@ -132,7 +202,10 @@ class MeasuredTable:
         return self._shape.nbytes(HIGH_BITS if bits is None else bits)
 
     def copy_ns(self, nbytes: int, matrices: int = 1) -> int:
-        return round(_at(self._copy, nbytes) + self._handoff)
+        moved = _at(self._copy, nbytes)
+        if self._copies_overlap:
+            moved += self._copies_overlap * (_at(self._copy_beside, nbytes) - moved)
+        return round(moved + self.own.reserve_ns + self.own.woken * self._wake_loader)
 
     copy_back_ns = read_ns = copy_ns
 
@@ -140,16 +213,16 @@ class MeasuredTable:
         """(fetch and compute, compute on the host), ns: what the rule `cheaper` weighs."""
         return self.copy_ns(self._shape.nbytes()) + self.expert_ns(tokens), self.host_expert_ns(tokens)
 
-    def summary_us(self) -> dict[str, float]:
+    def summary_us(self) -> dict[str, float | None]:
         """The costs that matter most, for reports."""
         return {
             "copy": self.copy_ns(self._shape.nbytes()) / 1e3,
-            "copy_hand_off": self._handoff / 1e3,
-            "expert_1_token": self.expert_ns(1) / 1e3,
-            "host_expert_1_token": self.host_expert_ns(1) / 1e3,
+            "wake_loader": self._wake_loader / 1e3,
+            "wake_compute": self._wake_compute / 1e3,
+            "expert_1_token": self.grouped_ns(1, 1) / 1e3,
+            "host_expert_1_token": self.host_expert_ns(1) / 1e3 if self._host[0] else None,
             "host_hand_off": self.handoff_ns / 1e3,
             "mixer_1_row": _at(self._mixer, 1) / 1e3,
-            "bookkeeping_1_row": _at(self._overhead, 1) / 1e3,
         }
 
 
@@ -176,7 +249,8 @@ class Slice:
         self._kernels(samples)
         self._copies(samples)
         self._beside(samples)
-        self._host(samples)
+        if not self._stage.shape.sparse:  # no CPU multiplies packed weights
+            self._host(samples)
         return samples
 
     def _next(self) -> int:
@@ -237,11 +311,15 @@ class Slice:
                 for earlier, later in pairwise(ends):
                     samples.note("copy", jobs[0].nbytes // parts, later - earlier)
             for _ in range(3):
-                samples.note("copy hand-off", 1, self._round_trip(loader, lock, landed))
+                for what, ns in zip(
+                    ("wake loader", "wake compute"), self._round_trip(loader, lock, landed), strict=True
+                ):
+                    samples.note(what, 1, ns)
         finally:
             loader.close()
 
-    def _round_trip(self, loader: Loader, lock: threading.Condition, landed: list[int]) -> float:
+    def _round_trip(self, loader: Loader, lock: threading.Condition, landed: list[int]) -> tuple[float, float]:
+        """ns from asking for a copy to its start, and from its end until the thread that waits goes on."""
         job = self._job()
         with lock:
             loader.log.clear()
@@ -250,30 +328,56 @@ class Slice:
             loader.submit(job)
             while not landed:
                 lock.wait()
-        passed, copied = time.perf_counter_ns() - began, loader.log[0]
-        return max(0.0, passed - (copied.end - copied.start))
+        copied = loader.log[0]
+        return copied.start - began, time.perf_counter_ns() - copied.end
 
     def _beside(self, samples: Samples) -> None:
-        """Kernels while the loader copies all the time, and those copies."""
+        """Kernels and copies as a layer has them: an expert that is there while the first of two copies starts, that
+        one when it has come, the second when it has come and nothing flies any more. Caches still hold what has just
+        come, and both threads want the interpreter's lock at these moments."""
         lock, landed = threading.Condition(), list[int]()
         loader = self._loader(lock, landed)
         try:
-            with lock:
-                for _ in range(64):
-                    loader.submit(self._job())
-            for tokens in self._tokens:
-                with lock:
-                    before = len(landed)
-                ns = self._experts(HIGH_BITS, tokens, 1)
-                with lock:
-                    if before + 1 < 64 and len(landed) < 64:
-                        samples.note("expert beside copies", tokens, ns)
-            with lock:
-                ends = [copied.end for copied in loader.log]
-            for earlier, later in pairwise(ends[1:]):
-                samples.note("copy beside kernels", self._stage.shape.nbytes(), later - earlier)
+            for parts in (1, 3):
+                for tokens in self._tokens:
+                    with lock:
+                        landed.clear()
+                        loader.log.clear()
+                    rows, other = list(range(tokens)), self._slot(self._next())
+                    self._stage.compute([(other, rows)])
+                    with lock:
+                        for _ in range(2):
+                            loader.submit(self._job(parts))
+                    resident = self._compute_ns(self._slot(self._next()), rows)
+                    first, came = self._arrived_ns(lock, landed, 1, rows)
+                    second, _ = self._arrived_ns(lock, landed, 2, rows)
+                    if parts == 1:
+                        samples.note("expert beside copies", tokens, resident)
+                        samples.note("arrived expert", tokens, second)
+                        if not came:  # the second copy flew all the while
+                            samples.note("arrived expert beside copies", tokens, first)
+                    for earlier, later in pairwise(copied.end for copied in loader.log):
+                        samples.note("copy beside kernels", self._stage.shape.nbytes() // parts, later - earlier)
         finally:
             loader.close()
+
+    def _slot(self, key: int) -> Tensor:
+        slots = self._stage.slots[HIGH_BITS]
+        return slots[key % len(slots)]
+
+    def _compute_ns(self, slot: Tensor, rows: list[int]) -> float:
+        return _timed(lambda: self._stage.compute([(slot, rows)]))
+
+    def _arrived_ns(
+        self, lock: threading.Condition, landed: list[int], count: int, rows: list[int]
+    ) -> tuple[float, bool]:
+        """ns of the expert that came as number `count`, and whether others came meanwhile."""
+        with lock:
+            while len(landed) < count:
+                lock.wait()
+        ns = self._compute_ns(self._slot(landed[count - 1]), rows)
+        with lock:
+            return ns, len(landed) > count
 
     def _host(self, samples: Samples) -> None:
         """Experts on the CPU through the executor: the last of a few, and what the first took longer."""

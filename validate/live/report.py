@@ -44,7 +44,7 @@ def text(result: dict[str, Any]) -> str:
         _decisions(result),
         *_times(result),
         "",
-        f"{'case':56}{'runs':>5}{'decisions':>12}{'real ms':>9}{'error':>8}{'layer':>7}{'noise':>8}",
+        f"{'case':56}{'runs':>5}{'decisions':>12}{'real ms':>9}{'error':>8}{'layer':>7}{'noise':>8}{'deciding':>10}",
     ]
     group = None
     for row in result["cases"]:
@@ -88,18 +88,20 @@ def _case(row: dict[str, Any]) -> str:
     if "real_ms" not in row:
         cells = f"{'disturbed':>11}"
     else:
-        cells = f"{row['real_ms']:>9.1f}{row['error']:>+8.1%}{row['layer_error']:>7.1%}{row['noise']:>8.1%}"
+        errors = f"{row['error']:>+8.1%}{row['layer_error']:>7.1%}{row['noise']:>8.1%}"
+        cells = f"{row['real_ms']:>9.1f}{errors}{row['deciding_us']:>7.0f} us"
     return f"{name:56}{row['clean_runs']:>5}{decided:>12}{cells}"
 
 
 def _costs(result: dict[str, Any]) -> list[str]:
     lines = []
     for name, costs in result["costs_us"].items():
-        apart = result["interference"][name]
+        apart, host = result["interference"][name], costs["host_expert_1_token"]
+        on_host = f"on the host {host:.0f} us, " if host is not None else ""
         lines.append(
-            f"{name:8}copy {costs['copy']:.0f} us (of which {costs['copy_hand_off']:.0f} hand-off), expert "
-            f"{costs['expert_1_token']:.0f} us, on the host {costs['host_expert_1_token']:.0f} us; the "
-            f"rest of a layer {costs['mixer_1_row'] + costs['bookkeeping_1_row']:.0f} us; side by side, copies take "
+            f"{name:8}copy {costs['copy']:.0f} us (of which {costs['wake_loader']:.0f} waking its thread), expert "
+            f"{costs['expert_1_token']:.0f} us, {on_host}"
+            f"mixer {costs['mixer_1_row']:.0f} us; side by side, copies take "
             f"x{apart['copies']:.2f} and kernels x{apart['kernels']:.2f}"
         )
     return lines

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from moesim.calibrate.conditions import describe
 from moesim.calibrate.device import open_device
 from moesim.trace import Trace
-from validate.live.cases import Case, Prepared, all_hits, check_memory, chosen, play, prepare, shapes, stage_for
+from validate.live.cases import Prepared, check_memory, chosen, play, prepare, shapes, stage_for
 from validate.live.compare import RATIO, TOTAL, decisions, simulated, summary, times, verdict
-from validate.live.measured import MeasuredTable, Samples, Slice
+from validate.live.measured import Decisions, MeasuredTable, Samples, Slice
 from validate.live.runtime import Cores, Log, cores
 from validate.live.weights import Backend, Stage
 
@@ -34,12 +34,13 @@ class Track:
 
     prepared: Prepared
     stage: Stage
+    repeats: int
     clean: list[Log] = field(default_factory=list)
     disturbed: list[Log] = field(default_factory=list)
 
     def open(self) -> bool:
         tried = len(self.clean) + len(self.disturbed)
-        return len(self.clean) < REPEATS and tried < TRIES * REPEATS
+        return len(self.clean) < self.repeats and tried < TRIES * self.repeats
 
 
 @dataclass(eq=False)
@@ -48,7 +49,6 @@ class Bench:
 
     stage: Stage
     slice: Slice
-    constant: list[Prepared]
     samples: Samples = field(default_factory=Samples)
     disturbed: Samples = field(default_factory=Samples)
 
@@ -74,10 +74,10 @@ def _some_us() -> int | None:
 
 def validate(
     trace: Trace, device: str = "cpu", budget_s: float = 600.0, on_disk: bool = False, quick: bool = False,
-    pace_gbps: float | None = None, only: str | None = None,
+    pace_gbps: float | None = None, only: str | None = None, repeats: int = REPEATS,
     show: Callable[[str, float], None] = lambda what, share: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run every case for real, REPEATS times or while the budget lasts, and hold the simulator against it.
+    """Run every case for real, `repeats` times or while the budget lasts, and hold the simulator against it.
 
     device: `cpu`, or `cuda` (also `cuda:1`). on_disk: experts in a file instead of in memory. pace_gbps: hold the copy
     thread to that; None: only where the cores are shared. only: groups of cases, separated by commas. show(what, share
@@ -87,7 +87,7 @@ def validate(
     with _left_as_it_was(), ExitStack() as open_stages:
         conditions = describe(open_device(device))
         where = _one_thread()
-        selected = chosen(quick, only)
+        selected = chosen(quick, only, device)
         by_shape = {n: s for n, s in shapes(trace, quick).items() if n in {case.shape for case in selected}}
         ready = [prepare(case, by_shape[case.shape], trace) for case in selected]
         check_memory(by_shape, ready, on_disk)
@@ -100,7 +100,7 @@ def validate(
             stages[name] = stage
         if pace_gbps is None:
             pace_gbps = PACE_GBPS if _shared_cores() else 0.0
-        session = Session(ready, stages, trace, where, pace_gbps)
+        session = Session(ready, stages, where, pace_gbps, repeats)
         session.run(began + 0.95 * budget_s, lambda what: show(what, (time.monotonic() - began) / budget_s))
         return session.result() | {
             "device": device,
@@ -113,11 +113,15 @@ def validate(
 
 @contextmanager
 def _left_as_it_was() -> Iterator[None]:
-    """Threads of torch and cores of this thread are the caller's again afterwards."""
-    threads, before = torch.get_num_threads(), os.sched_getaffinity(0)
+    """Threads of torch, cores of this thread and the collector, which would pause runs, are the caller's again
+    afterwards."""
+    threads, before, collecting = torch.get_num_threads(), os.sched_getaffinity(0), gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        if collecting:
+            gc.enable()
         os.sched_setaffinity(0, before)
         torch.set_num_threads(threads)
 
@@ -143,20 +147,15 @@ class Session:
     """Rounds of runs and slices until every case has its clean runs or the time is over."""
 
     def __init__(
-        self, ready: list[Prepared], stages: dict[str, Stage], trace: Trace, where: Cores, pace_gbps: float
+        self, ready: list[Prepared], stages: dict[str, Stage], where: Cores, pace_gbps: float, repeats: int
     ) -> None:
         self._where, self._pace = where, pace_gbps
-        self._tracks = [Track(p, stages[p.case.shape]) for p in ready]
-        self._benches = {name: self._bench(stage, trace) for name, stage in stages.items()}
+        self._tracks = [Track(p, stages[p.case.shape], repeats) for p in ready]
+        self._benches = {name: self._bench(stage) for name, stage in stages.items()}
 
-    def _bench(self, stage: Stage, trace: Trace) -> Bench:
+    def _bench(self, stage: Stage) -> Bench:
         rows = max(t.prepared.case.batch * max(t.prepared.case.prompt, 1) for t in self._tracks if t.stage is stage)
-        sizes = sorted({1, rows})
-        constant = [
-            all_hits(prepare(Case("", "", stage.shape.name, "LRU", 1, size, steps=2, waves=1), stage.shape, trace))
-            for size in sizes
-        ]
-        return Bench(stage, Slice(stage, self._where, self._pace, rows), constant)
+        return Bench(stage, Slice(stage, self._where, self._pace, rows))
 
     def run(self, deadline: float, show: Callable[[str], None]) -> None:
         """Whatever the deadline, every case runs once and every stage has a slice."""
@@ -179,20 +178,12 @@ class Session:
 
     def _table(self, bench: Bench) -> MeasuredTable:
         """From clean slices; from disturbed ones as well where there is none."""
-        return MeasuredTable(bench.stage, bench.samples or bench.disturbed)
+        return MeasuredTable(bench.stage.shape, bench.samples or bench.disturbed)
 
     def _calibrate(self, bench: Bench) -> None:
         gate = Gate()
         found = bench.slice.take()
-        for constant in bench.constant:
-            self._bookkeeping(constant, bench.stage, found)
         (bench.samples if gate.pressure() <= PRESSURE else bench.disturbed).add(found)
-
-    def _bookkeeping(self, constant: Prepared, stage: Stage, found: Samples) -> None:
-        """What a layer takes beside its kernels: in the last step of a run in which everything is there."""
-        log = play(constant, stage, _no_costs, self._where, 0.0)
-        beside = [row[6] - row[7] for row in log.layers[-constant.shape.layers :]]
-        found.note("bookkeeping", constant.case.batch, float(np.median(beside)))
 
     def _play(self, track: Track) -> None:
         gate = Gate()
@@ -217,20 +208,24 @@ class Session:
             "cases": rows,
             "costs_us": {name: table.summary_us() for name, table in tables.items()},
             "interference": {name: table.interference for name, table in tables.items()},
+            "samples_us": {name: table.samples.medians_us() for name, table in tables.items()},
         }
-
-
-def _no_costs(tokens: int) -> tuple[int, int]:
-    return 0, 0
 
 
 def _row(track: Track, table: MeasuredTable) -> dict[str, Any]:
     """One case: decisions of every run, times of the clean ones where there are enough."""
     case = track.prepared.case
-    outcome = simulated(track.prepared, table)
+    table = table.of(Decisions.of(track.clean or track.disturbed))
+    outcome, overlap = simulated(track.prepared, table)
     row: dict[str, Any] = {"group": case.group, "case": case.name, "policy": case.policy, "settings": case.settings}
     row |= {"shape": case.shape, "slots": case.slots, "clean_runs": len(track.clean)}
     row |= {"disturbed_runs": len(track.disturbed)}
+    row |= {
+        "deciding_us": table.own.layer_ns / 1e3,
+        "computing_us": table.own.compute_ns / 1e3,
+        "reserving_us": table.own.reserve_ns / 1e3,
+        "overlap": asdict(overlap),
+    }
     row |= decisions(track.prepared, track.clean + track.disturbed, outcome, table)
     if len(track.clean) >= REPEATS:
         row |= times(track.clean, outcome)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesim.calibrate.samoyeds import prune_2_4
+
 HIGH_BITS, LOW_BITS = 32, 16
 DTYPES = {HIGH_BITS: torch.float32, LOW_BITS: torch.bfloat16}  # bits per weight that experts are kept in
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Gated experts of three [hidden, ffn] matrices, `experts` in each of `layers` layers."""
+    """Gated experts of three [hidden, ffn] matrices, `experts` in each of `layers` layers.
+
+    sparse: bfloat16 with two of four weights left, as cuSPARSELt packs them: half of the values and 2 bits for each.
+    """
 
     name: str
     layers: int
@@ -28,13 +33,22 @@ class Shape:
     top_k: int
     hidden: int
     ffn: int
+    sparse: bool = False
 
     @property
     def weights(self) -> int:
         return 3 * self.hidden * self.ffn
 
+    @property
+    def stored(self) -> int:
+        """Numbers an expert is kept in."""
+        return self.weights * 9 // 16 if self.sparse else self.weights
+
+    def dtype(self, bits: int) -> torch.dtype:
+        return torch.bfloat16 if self.sparse else DTYPES[bits]
+
     def nbytes(self, bits: float = HIGH_BITS) -> int:
-        return self.weights * int(bits) // 8
+        return self.stored * self.dtype(int(bits)).itemsize
 
 
 class Backend:
@@ -88,7 +102,7 @@ class HostExperts:
         self.shape, self.bits, self.nbytes = shape, bits, shape.nbytes(bits)
         generator = torch.Generator().manual_seed(0)
         layer = torch.randn(shape.experts, shape.weights, generator=generator) / shape.hidden**0.5
-        layer = layer.to(DTYPES[bits])
+        layer = torch.stack([_packed(shape, expert) for expert in layer]) if shape.sparse else layer.to(DTYPES[bits])
         self._file: int | None = None
         if on_disk:
             self._memory = layer
@@ -122,12 +136,12 @@ class HostExperts:
 
     def copy_to(self, slot: Tensor, layer: int, expert: int, part: int = 0, parts: int = 1) -> None:
         """Bring one of `parts` equal pieces into `slot`; on a GPU the copy is only queued."""
-        size = self.shape.weights // parts
+        size = self.shape.stored // parts
         piece = slot[part * size : (part + 1) * size]
         if self._file is None:
             piece.copy_(self.of(layer, expert)[part * size : (part + 1) * size], non_blocking=True)
             return
-        width = self.bits // 8
+        width = slot.element_size()
         place = (layer * self.shape.experts + expert) * self.nbytes + part * size * width
         if os.preadv(self._file, [_bytes(piece)], place) != size * width:
             raise OSError(f"short read of layer {layer} expert {expert}")
@@ -138,8 +152,25 @@ def _bytes(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
 
 
+def _packed(shape: Shape, expert: Tensor) -> Tensor:
+    """An expert's three matrices pruned to 2:4 and packed on the GPU, one after the other."""
+    matrices = expert.cuda().to(torch.bfloat16).view(3, -1)
+    sides = ((shape.ffn, shape.hidden), (shape.ffn, shape.hidden), (shape.hidden, shape.ffn))
+    packed = [torch._cslt_compress(prune_2_4(m.view(s))).flatten() for m, s in zip(matrices, sides, strict=True)]
+    return torch.cat(packed).cpu()
+
+
+def _sparse_forward(shape: Shape, weights: Tensor, x: Tensor) -> Tensor:
+    gate, up, down = weights.view(3, -1)
+    gate, up, down = gate.view(shape.ffn, -1), up.view(shape.ffn, -1), down.view(shape.hidden, -1)
+    inner = torch.nn.functional.silu(torch._cslt_sparse_mm(gate, x.T)) * torch._cslt_sparse_mm(up, x.T)
+    return torch._cslt_sparse_mm(down, inner).T
+
+
 def forward(shape: Shape, weights: Tensor, x: Tensor) -> Tensor:
     """One gated expert over rows of `x` [tokens, hidden]; low-precision weights are unpacked first."""
+    if shape.sparse:
+        return _sparse_forward(shape, weights, x)
     weights = weights.to(x.dtype)
     size = shape.hidden * shape.ffn
     gate, up, down = (weights[i * size : (i + 1) * size] for i in range(3))
@@ -159,17 +190,19 @@ class Stage:
             bits: HostExperts(shape, bits, pinned=backend.cuda, on_disk=on_disk) for bits, n in counts.items() if n
         }
         self.slots = {
-            bits: list(torch.full((n, shape.weights), 0.01, dtype=DTYPES[bits], device=backend.device))
+            bits: list(torch.full((n, shape.stored), 0.01, dtype=shape.dtype(bits), device=backend.device))
             for bits, n in counts.items()
         }
         generator = torch.Generator().manual_seed(1)
         # one row more than tokens: graphs of fixed sizes fill up with it
-        self.x = torch.randn(rows + 1, shape.hidden, generator=generator).to(backend.device)
+        dtype = torch.bfloat16 if shape.sparse else torch.float32
+        self.x = torch.randn(rows + 1, shape.hidden, generator=generator).to(backend.device, dtype)
         self.out = torch.zeros_like(self.x)
-        self._mixer = torch.randn(shape.hidden, shape.hidden, generator=generator).to(backend.device)
+        self._mixer = torch.randn(shape.hidden, shape.hidden, generator=generator).to(backend.device, dtype)
         self.host_x = self.x.cpu()
         self._mixers: dict[int, Callable[[], None]] = {}
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         if backend.cuda:
             self._capture(rows)
 
@@ -177,10 +210,17 @@ class Stage:
         for experts in self.host.values():
             experts.close()
 
-    def mixer(self, rows: int) -> None:
-        """What stands in for attention, router and dense parts: four square products over the step's tokens."""
+    def know(self, rows: int, tokens: Iterable[list[int]]) -> None:
+        """Get ready to run a step of so many rows and experts over `tokens`, before a clock runs: a small copy to the
+        device would wait there behind an expert's."""
         if rows not in self._mixers:
             self._mixers[rows] = self.backend.captured(partial(self._mix, rows))
+        for each in tokens:
+            self._index(each)
+
+    def mixer(self, rows: int) -> None:
+        """What stands in for attention, router and dense parts: four square products over the step's tokens."""
+        self.know(rows, ())
         self._mixers[rows]()
         self.backend.computed()
 
@@ -196,7 +236,7 @@ class Stage:
             if self.backend.cuda:
                 self._replay(weights, rows)
             else:
-                self._add_expert(weights, torch.tensor(rows))
+                self._add_expert(weights, self._index(rows))
         self.backend.computed()
 
     def _add_expert(self, weights: Tensor, index: Tensor) -> None:
@@ -205,16 +245,29 @@ class Stage:
     def _capture(self, rows: int) -> None:
         """A graph for every slot and power of two of tokens."""
         for slot in (slot for slots in self.slots.values() for slot in slots):
-            for power in range((rows - 1).bit_length() + 1):
+            for power in range(self._power(1), self._power(rows) + 1):
                 index = torch.zeros(1 << power, dtype=torch.int64, device=self.backend.device)
                 graph = self.backend.captured(partial(self._add_expert, slot, index))
                 self._graphs[slot.data_ptr(), 1 << power] = graph, index
 
+    def _power(self, rows: int) -> int:
+        """Of two that so many rows are filled up to; sparse products take eight at least."""
+        return max((rows - 1).bit_length(), 3 if self.shape.sparse else 0)
+
     def _replay(self, weights: Tensor, rows: list[int]) -> None:
-        size = 1 << (len(rows) - 1).bit_length()
-        replay, index = self._graphs[weights.data_ptr(), size]
-        index.copy_(torch.tensor(rows + [len(self.x) - 1] * (size - len(rows))), non_blocking=True)
+        known = self._index(rows)
+        replay, index = self._graphs[weights.data_ptr(), len(known)]
+        index.copy_(known)
         replay()
+
+    def _index(self, rows: list[int]) -> Tensor:
+        """The rows on the device; beside a GPU filled up to a power of two."""
+        if (found := self._indices.get(tuple(rows))) is None:
+            filled = rows
+            if self.backend.cuda:
+                filled = rows + [len(self.x) - 1] * ((1 << self._power(len(rows))) - len(rows))
+            found = self._indices[tuple(rows)] = torch.tensor(filled, device=self.backend.device)
+        return found
 
     def copy(self, slot: Tensor, bits: int, layer: int, expert: int, part: int = 0, parts: int = 1) -> None:
         """Bring an expert, or a piece of it, to the device; returns when it is there."""
