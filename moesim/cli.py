@@ -57,6 +57,13 @@ NumPrompts = Annotated[int | None, typer.Option("--num-prompts", help="Serve onl
 SloOption = Annotated[float | None, typer.Option("--slo", help="Time promised to each request, ms (eMoE's scheduler).")]
 BatchTokens = Annotated[int, typer.Option("--max-batch-tokens", help="New tokens per step.")]
 ChunkOption = Annotated[int, typer.Option("--chunk", help="Prompt tokens per request and step; 0 = whole prompts.")]
+PreemptionOption = Annotated[
+    str, typer.Option("--preemption", help="none: a request waits for its KV cache at its longest; recompute: as vLLM.")
+]
+PrefixCache = Annotated[
+    bool,
+    typer.Option("--prefix-cache", help="Prompts begin with what is kept of earlier ones (docs/bring-a-workload.md)."),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change one choice, such as eviction.scope=global.")]
 EngineOption = Annotated[
     str, typer.Option("--engine", help="auto, events or compiled; equal results, auto is compiled where it can be.")
@@ -88,7 +95,7 @@ def _question(
     model: str | None, machine: Any, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
     request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
     num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int, engine: str,
-    goodput: list[str] | None = None,
+    preemption: str, prefix_cache: bool, goodput: list[str] | None = None,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
     from moesim.question import Question, parse_slo
@@ -109,6 +116,8 @@ def _question(
         goodput=tuple(parse_slo(text) for text in goodput or ()),
         max_batch_tokens=max_batch_tokens,
         chunk=chunk,
+        preemption=preemption,
+        prefix_cache=prefix_cache,
         seed=seed,
         engine=engine,
     )
@@ -145,6 +154,8 @@ def replay(
     ] = None,
     max_batch_tokens: BatchTokens = 8192,
     chunk: ChunkOption = 0,
+    preemption: PreemptionOption = "none",
+    prefix_cache: PrefixCache = False,
     settings: SetOption = None,
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
@@ -175,7 +186,8 @@ def replay(
             raise WorkloadError("--json and --format both print; give --format a directory with -o, or leave one out")
     question = _question(
         model, _priced(machine, prices), expert_memory, slots_per_layer, workload, request_rate, burstiness,
-        max_concurrency, max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, goodput,
+        max_concurrency, max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, preemption,
+        prefix_cache, goodput,
     )  # fmt: skip
     if trace is not None:
         routing = read(trace)
@@ -250,6 +262,8 @@ def compare(
     slo: SloOption = None,
     max_batch_tokens: BatchTokens = 8192,
     chunk: ChunkOption = 0,
+    preemption: PreemptionOption = "none",
+    prefix_cache: PrefixCache = False,
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
     as_json: JsonOption = False,
@@ -263,7 +277,7 @@ def compare(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, preemption, prefix_cache,
     )  # fmt: skip
     result = compare_policies(read(trace), split_specs(policies), question)
     _print(result, format_comparison(result), as_json, output)
@@ -290,6 +304,8 @@ def whatif(
     slo: SloOption = None,
     max_batch_tokens: BatchTokens = 8192,
     chunk: ChunkOption = 0,
+    preemption: PreemptionOption = "none",
+    prefix_cache: PrefixCache = False,
     settings: SetOption = None,
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
@@ -306,7 +322,7 @@ def whatif(
 
     question = _question(
         model, machine, expert_memory, slots_per_layer, workload, request_rate, burstiness, max_concurrency,
-        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine,
+        max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, preemption, prefix_cache,
     )  # fmt: skip
     own = read_prices(prices) if prices else None
     result = ask(read(trace), compose(policy, settings or []), question, by / 100, metric, prices=own)

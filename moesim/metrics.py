@@ -45,8 +45,9 @@ def throughput_metrics(records: Records) -> dict[str, Any]:
     r = records.requests
     start, end = int(r.column("arrival").min()), int(r.column("finished").max())
     seconds = max(end - start, 1) / 1e9
-    steps = records.steps
-    inputs, outputs = int(steps.column("prefill_tokens").sum()), int(r.column("output_tokens").sum())
+    outputs = int(r.column("output_tokens").sum())
+    again, kept = int(r.column("recomputed_tokens").sum()), int(r.column("cached_tokens").sum())
+    inputs = int(records.steps.column("prefill_tokens").sum()) - again + kept
     return {
         "completed": len(r),
         "duration_s": seconds,
@@ -58,8 +59,27 @@ def throughput_metrics(records: Records) -> dict[str, Any]:
     }
 
 
+def kv_metrics(records: Records, prefixes: bool, preempts: bool) -> dict[str, Any]:
+    """What became of KV caches: tokens of prompts that began as an earlier one, and of those prefilled again."""
+    r, found = records.requests, dict[str, Any]()
+    if prefixes:
+        cached = int(r.column("cached_tokens").sum())
+        found |= {
+            "cached_tokens": cached,
+            "prefix_cache_hit_rate": cached / max(int(r.column("prompt_tokens").sum()), 1),
+        }
+    if preempts:
+        found |= {
+            "num_preemptions": int(r.column("preemptions").sum()),
+            "recomputed_tokens": int(r.column("recomputed_tokens").sum()),
+            "preempted_s": float(r.column("preempted_ns").sum() / 1e9),
+        }
+    return found
+
+
 def queue_depth(requests: Mapping[str, NDArray[np.int64]], at: NDArray[np.int64]) -> tuple[Any, Any]:
-    """Requests sent and not yet admitted, and admitted and not yet finished, at each of the times `at` (ns).
+    """Requests sent and not yet admitted, and admitted and not yet finished, at each of the times `at` (ns); one that
+    was preempted counts among the latter.
 
     requests: columns `sent`, `admitted` and `finished`.
     """

@@ -36,6 +36,7 @@ from moesim.workload import Workload, first, from_trace, read_workload, unroll, 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+PREEMPTION = ("none", "recompute")
 ENOUGH = 20  # requests below which a queue says nothing about load
 # Anchors and error bars are measured on at most so many expert lookups, so that they cost seconds.
 SAMPLE_LOOKUPS = 120_000
@@ -61,6 +62,8 @@ class Question:
     goodput: tuple[tuple[str, float], ...] = ()  # (ttft, tpot or e2el; ms)
     max_batch_tokens: int = 8192
     chunk: int = 0
+    preemption: str = "none"  # recompute
+    prefix_cache: bool = False
     seed: int = 0
     engine: str = "auto"  # events | compiled
 
@@ -70,6 +73,11 @@ class Question:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise WorkloadError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if self.preemption not in PREEMPTION:
+            raise WorkloadError(
+                f"--preemption {self.preemption}: must be one of {', '.join(PREEMPTION)}"
+                f"{nearest(self.preemption, PREEMPTION)}"
+            )
         for name, ms in self.goodput:
             if name not in metrics.GOODPUT:
                 raise WorkloadError(f"--goodput {name}: unknown metric{nearest(name, metrics.GOODPUT)}")
@@ -300,6 +308,11 @@ class Scene:
         apart = self._apart(system)
         own = q.expert_memory is not None or q.slots_per_layer is not None
         shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
+        if shared and q.prefix_cache:
+            raise PolicyError(
+                f"--prefix-cache: {system.name} divides GPU memory between experts and KV caches as it goes, so "
+                "nothing is set aside for prefixes; give --expert-memory or --slots-per-layer"
+            )
         one_slot_each = sum(table.expert_bytes(layer) for layer in range(self.trace.layers))
         return Setting(
             trace=self.trace,
@@ -311,6 +324,8 @@ class Scene:
                 batch_tokens=q.max_batch_tokens * apart,
                 chunk=q.chunk,
                 kv_bytes=shared - one_slot_each if shared else self._kv_bytes(system, ledger) * apart,
+                preempts=q.preemption != "none",
+                prefixes=q.prefix_cache,
             ),
             expert_bytes=ledger.expert_bytes,
             shared_bytes=shared,
@@ -343,6 +358,16 @@ def _workload(trace: Trace, q: Question) -> Workload:
                 f"--workload {q.workload} brings its own arrivals; leave out --request-rate {q.request_rate:g}"
             )
         workload = with_arrivals(workload, q.request_rate, q.burstiness, q.seed)
+    if q.prefix_cache and not any(r.blocks for r in workload.requests):
+        raise WorkloadError(
+            "--prefix-cache: no request says which blocks its prompt begins with; give a --workload that does, such as "
+            "Mooncake's JSON lines with hash_ids"
+        )
+    if q.preemption != "none" and not all(len(r.prefill) for r in workload.requests):
+        raise WorkloadError(
+            f"--preemption {q.preemption}: the trace has no rows for prompts, so none can be computed again; give a "
+            "trace with prompts, or leave it out"
+        )
     return workload if q.slo_ms is None else with_slo(workload, q.slo_ms)
 
 
@@ -479,6 +504,8 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
         numbers |= metrics.goodput_metrics(outcome.records, dict(scene.question.goodput), tasks)
     machine = scene.machine
     energy = metrics.busy_share_energy(machine, outcome.busy_ns["gpu"], numbers)
+    q = scene.question
+    numbers |= metrics.kv_metrics(outcome.records, q.prefix_cache, q.preemption != "none")
     numbers |= metrics.queue_metrics(outcome.records) | metrics.cost_metrics(machine, numbers)
     numbers["joules_per_output_token"] = energy.pop("joules_per_output_token")
     altered = scene.altered(system)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 STEP = ("start", "end", "prefill_tokens", "decode_tokens", "sequences", "kv_bytes")
 LAYER = ("step", "layer", "start", "routed", "end", "hits", "lates", "misses", "host", "waited")
 TRANSFER = ("link", "start", "end", "layer", "expert", "bytes", "kind")
-REQUEST = ("request", "arrival", "sent", "admitted", "first_token", "finished", "prompt_tokens", "output_tokens")
+REQUEST = (
+    "request", "arrival", "sent", "admitted", "first_token", "finished", "prompt_tokens", "output_tokens",
+    "cached_tokens", "recomputed_tokens", "preemptions", "preempted_ns",
+)  # fmt: skip
 KERNEL = ("start", "end", "layer", "what")
 
 LINKS = ("h2d", "d2h", "nvme", "host")

@@ -16,7 +16,10 @@ from moesim.workload_files import CHARACTERS, MAX_SECONDS, read_rows
 
 @dataclass(frozen=True)
 class Request:
-    """One request. `prefill` and `decode` are rows of the trace; a decode-only trace has no prefill rows."""
+    """One request. `prefill` and `decode` are rows of the trace; a decode-only trace has no prefill rows.
+
+    blocks: a hash for every full moesim.workload_files.PREFIX_BLOCK of the prompt, of all tokens up to the block's end.
+    """
 
     request_id: str
     task: str
@@ -25,6 +28,7 @@ class Request:
     prefill: NDArray[np.int64]
     decode: NDArray[np.int64]
     slo_ns: int = 0
+    blocks: tuple[int, ...] = ()
 
     @property
     def output_tokens(self) -> int:
@@ -121,7 +125,9 @@ def read_workload(path: Path, trace: Trace, seed: int) -> Workload:
             if row.task not in pools:
                 pools[row.task] = _pool(path, row.line, own, row.task)
             prefill, decode = _draw(*pools[row.task], row.prompt, row.output, rng)
-        requests.append(Request(name, row.task, int(row.arrival_s * 1e9), row.prompt, prefill, decode))
+        requests.append(
+            Request(name, row.task, int(row.arrival_s * 1e9), row.prompt, prefill, decode, blocks=row.blocks)
+        )
     requests.sort(key=lambda r: r.arrival_ns)
     names = [r.request_id for r in requests]
     if len(set(names)) < len(names):

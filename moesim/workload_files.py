@@ -15,6 +15,7 @@ from moesim.errors import WorkloadError
 MAX_FILE_BYTES = 1 << 30
 MAX_SECONDS = 1e9  # int64 ns hold nine times as much
 MAX_TOKENS = 1 << 24  # per request
+PREFIX_BLOCK = 512  # prompt tokens that one hash of Mooncake's traces stands for
 CHARACTERS = 4  # of a text to a token: a rule of thumb for English, as no model's tokenizer is at hand
 FORMATS = (
     "a CSV with arrival_s, prompt_tokens, output_tokens[, request_id, task]; Azure's TIMESTAMP, ContextTokens, "
@@ -27,7 +28,8 @@ FORMATS = (
 class Row(NamedTuple):
     """A request as a file has it; `line`, or its place in a .json, for messages; `request_id` empty without a name.
 
-    counted: whether the file has lengths in tokens; False where they are characters / CHARACTERS.
+    counted: whether the file has lengths in tokens; False where they are characters / CHARACTERS. blocks: hashes of the
+    prompt's full blocks (PREFIX_BLOCK).
     """
 
     line: int
@@ -37,6 +39,7 @@ class Row(NamedTuple):
     task: str
     request_id: str
     counted: bool = True
+    blocks: tuple[int, ...] = ()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -105,13 +108,27 @@ def _json_lines(path: Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise WorkloadError(f"{path}, line {line}: not a JSON object; a workload is {FORMATS}")
             if "input_length" in row:
-                yield _row(f"{path}, line {line}", line, row, "timestamp", "input_length", "output_length", 1e-3)
+                read = _row(f"{path}, line {line}", line, row, "timestamp", "input_length", "output_length", 1e-3)
+                yield read._replace(blocks=_blocks(f"{path}, line {line}", row, read.prompt))
             elif "input_toks" in row:
                 yield _row(f"{path}, line {line}", line, row, "arrival_time_ns", "input_toks", "output_toks", 1e-9)
             else:
                 raise WorkloadError(
                     f"{path}, line {line}: neither input_length nor input_toks; a workload is {FORMATS}"
                 )
+
+
+def _blocks(where: str, row: dict[str, Any], prompt: int) -> tuple[int, ...]:
+    """Hashes of the full blocks of a prompt; Mooncake's files have one of the last, partly filled block too."""
+    given, block = row.get("hash_ids", []), PREFIX_BLOCK
+    if not isinstance(given, list) or not all(type(x) is int for x in given):
+        raise WorkloadError(f"{where}: hash_ids must be a list of whole numbers, one for every {block} prompt tokens")
+    if given and len(given) != -(-prompt // block):
+        raise WorkloadError(
+            f"{where}: {len(given)} hash_ids for a prompt of {prompt} tokens; {-(-prompt // block)} blocks of {block} "
+            "tokens, the last one partly filled, need as many"
+        )
+    return tuple(given[: prompt // block])
 
 
 def _json(path: Path) -> Iterator[Row]:

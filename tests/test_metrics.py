@@ -71,7 +71,7 @@ def test_queue_depth_by_hand():
     """Three requests: one served at once, two that wait for it, one of them until after it has finished."""
     records = Records(False)  # request, arrival, sent, admitted, first token, finished, prompt, output
     for number, (sent, admitted, finished) in enumerate(((0, 0, 40), (10, 20, 60), (10, 40, 100))):
-        records.requests.add((number, 0, sent, admitted, finished, finished, 1, 1))
+        records.requests.add((number, 0, sent, admitted, finished, finished, 1, 1, 0, 0, 0, 0))
     times = {name: records.requests.column(name) for name in QUEUE}
     waiting, running = queue_depth(times, np.array([0, 5, 10, 20, 39, 40, 99, 100]))
     assert waiting.tolist() == [0, 0, 2, 1, 1, 0, 0, 0]

@@ -37,8 +37,12 @@ def test_burstgpt_leaves_failed_requests_out(tmp_path):
 
 
 def test_json_lines_of_mooncake_and_llmservingsim(tmp_path):
-    line = json.dumps({"timestamp": 1500, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]})
+    line = json.dumps({"timestamp": 1500, "input_length": 6758, "output_length": 500, "hash_ids": [*range(14)]})
     assert read(tmp_path, line + "\n\n", "m.jsonl") == [(1.5, 6758, 500)]
+    assert read_rows(tmp_path / "m.jsonl")[0].blocks == tuple(range(13)), "the last block is not full"
+    for hashes in ([0, 1], ["a"] * 14, 7):
+        with pytest.raises(WorkloadError, match=r"line 1: .*hash_ids"):
+            read(tmp_path, json.dumps({**json.loads(line), "hash_ids": hashes}), "m.jsonl")
     line = json.dumps({"input_toks": 12, "output_toks": 3, "arrival_time_ns": 2_000_000})
     assert read(tmp_path, line, "l.jsonl") == [(pytest.approx(0.002), 12, 3)]
 
@@ -137,9 +141,9 @@ def test_real_files_are_read_whole(path, count):
 def test_goodput_by_hand():
     records = Records(False)
     ms = 1_000_000  # request, arrival, sent, admitted, first token, finished, prompt, output
-    records.requests.add((0, 0, 0, 0, 100 * ms, 300 * ms, 8, 5))  # TTFT 100, TPOT 50
-    records.requests.add((1, 0, 0, 0, 250 * ms, 290 * ms, 8, 5))  # TTFT 250, TPOT 10
-    records.requests.add((2, 0, 0, 0, 90 * ms, 500 * ms, 8, 6))  # TTFT 90, TPOT 82
+    records.requests.add((0, 0, 0, 0, 100 * ms, 300 * ms, 8, 5, 0, 0, 0, 0))  # TTFT 100, TPOT 50
+    records.requests.add((1, 0, 0, 0, 250 * ms, 290 * ms, 8, 5, 0, 0, 0, 0))  # TTFT 250, TPOT 10
+    records.requests.add((2, 0, 0, 0, 90 * ms, 500 * ms, 8, 6, 0, 0, 0, 0))  # TTFT 90, TPOT 82
     found = goodput_metrics(records, {"ttft": 200.0, "tpot": 60.0}, ["a", "b", "a"])
     assert found["request_goodput"] == pytest.approx(1 / 0.5) and found["slo_attainment"] == pytest.approx(1 / 3)
     assert found["slo_attainment_by_slo"] == {"ttft": pytest.approx(2 / 3), "tpot": pytest.approx(2 / 3)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moesim.errors import MemoryBudgetError
 from moesim.systems import load_system
 from moesim.trace import Requests
 from moesim.workload import Request, Workload, from_trace, with_arrivals
+from moesim.workload_files import read_rows
 from tests.fakes import FakeModel, FakeTable, make_trace
 from tests.scenes import EVERY, random_trace, scenes, serve, setting
 
@@ -182,3 +184,159 @@ def test_held_back_requests_are_timed_from_when_they_are_sent():
     out = simulate(replace(one, limits=replace(one.limits, clients=1)), load_system("all-resident"))
     assert out.records.requests.column("sent").tolist() == [0, 400]
     assert out.records.requests.column("first_token").tolist() == [100, 500]
+
+
+def served(trace, limits, *, engine="compiled", workload=None, kv_per_token=10, mixer=100):
+    table = FakeTable(trace.layers, mixer=mixer, per_expert=0, model=FakeModel(kv_per_token=kv_per_token))
+    one = replace(setting(trace, 4, table=table, workload=workload), limits=limits)
+    return simulate(one, load_system("all-resident"), engine=engine).records
+
+
+def test_the_last_to_come_is_preempted_and_computed_again_by_hand():
+    """Two requests of 2 prompt and 4 generated rows, KV for 9 tokens. A pass takes 100 ns.
+
+    Pass 1 prefills both (2 + 2), 2 and 3 add one each (3 + 3, 4 + 4); a fourth would need 5 + 5, so the second goes.
+    The first is alone in 4 and 5 (5, 6) and leaves. The second has made 2 rows and prefills 2 + 2 and the next one, 3,
+    in pass 6, which yields its next token, and the last row follows in 7.
+    """
+    trace = random_trace(12, 1, 4, 1, seed=0, requests=2, prompt=2)
+    records = served(trace, Limits(9, 9, 8192, 0, 90, preempts=True))
+    r = records.requests
+    assert records.steps.column("sequences").tolist() == [2, 2, 2, 1, 1, 1, 1]
+    assert records.steps.column("kv_bytes").tolist() == [40, 60, 80, 50, 60, 50, 60]
+    assert records.steps.column("prefill_tokens").tolist() == [4, 0, 0, 0, 0, 5, 0]
+    assert r.column("finished").tolist() == [500, 700]
+    assert r.column("preemptions").tolist() == [0, 1]
+    assert r.column("recomputed_tokens").tolist() == [0, 5]
+    assert r.column("preempted_ns").tolist() == [0, 200]
+    assert sorted(records.gaps) == [100] * 7 + [300]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 6), st.integers(1, 12), st.integers(1, 12), st.integers(0, 5), st.integers(0, 40), st.integers(1, 8),
+    st.sampled_from(["events", "compiled"]), st.floats(0.5, 50),
+)  # fmt: skip
+def test_preemption_conserves_tokens_and_time(requests, prompt, decode, chunk, spare, together, engine, rate):
+    trace = random_trace(requests * (prompt + decode), 1, 4, 1, seed=0, requests=requests, prompt=prompt)
+    workload = with_arrivals(from_trace(trace), rate * 1e6, 1.0, seed=2)
+    limits = Limits(99, together, 8192, chunk, 10 * (prompt + decode + spare), preempts=True)
+    records = served(trace, limits, engine=engine, workload=workload)
+    steps, r = records.steps, records.requests
+    assert sorted(r.column("request").tolist()) == list(range(requests))
+    assert steps.column("kv_bytes").max() <= limits.kv_bytes
+    assert steps.column("sequences").max() <= together
+    done = steps.column("prefill_tokens").sum() + steps.column("decode_tokens").sum()
+    again, redone = r.column("recomputed_tokens"), r.column("preemptions").sum()
+    assert 0 <= done - again.sum() - requests * (prompt + decode) + redone <= redone
+    assert (again[r.column("preemptions") == 0] == 0).all()
+    assert len(records.gaps) == requests * decode
+    over_steps = (steps.column("sequences") * (steps.column("end") - steps.column("start"))).sum()
+    inside = r.column("finished") - r.column("admitted") - r.column("preempted_ns")
+    assert over_steps == inside.sum(), "Little's law, without the time out of service"
+    assert (r.column("finished") > r.column("first_token")).all()
+
+
+def test_without_need_nobody_is_preempted_and_times_are_the_same():
+    trace = random_trace(60, 2, 4, 1, seed=0, requests=5, prompt=4)
+    plain, ready = (served(trace, Limits(9, 3, 8192, 2, 1 << 40, preempts=p)) for p in (False, True))
+    assert (plain.requests.rows() == ready.requests.rows()).all() and (plain.steps.rows() == ready.steps.rows()).all()
+
+
+def test_more_are_in_service_where_requests_need_not_fit_at_their_longest():
+    trace = random_trace(200, 1, 4, 1, seed=0, requests=10, prompt=2)
+    limits = Limits(99, 99, 8192, 0, 10 * 60)
+    whole, now = served(trace, limits), served(trace, replace(limits, preempts=True))
+    assert now.steps.column("sequences").max() > whole.steps.column("sequences").max() == 3
+
+
+def prompts(hashes, tail=8, decode=3, seed=0, gap=10_000):
+    """(trace, workload) of requests with such blocks of 512 tokens, `tail` more prompt tokens and `decode` rows."""
+    sizes = [(512 * len(own) + tail, decode) for own in hashes]
+    ids = np.random.default_rng(seed).integers(0, 4, (sum(p + d for p, d in sizes), 1, 1))
+    trace = make_trace(ids, 4, sizes)
+    requests = [
+        replace(r, blocks=own, arrival_ns=i * gap)
+        for i, (r, own) in enumerate(zip(from_trace(trace).requests, hashes, strict=True))
+    ]
+    return trace, Workload(tuple(requests), "")
+
+
+def cached(hashes, blocks_of_room, **how):
+    trace, workload = prompts(hashes, **how)
+    room = blocks_of_room * 512 + 64
+    records = served(trace, Limits(99, 99, 1 << 20, 0, room, prefixes=True), workload=workload, kv_per_token=1)
+    return records.requests.column("cached_tokens").tolist(), records
+
+
+def test_a_prompt_begins_where_the_longest_kept_one_ends():
+    found, records = cached([(1, 2), (1, 2, 3), (1, 9), (4,), (1, 2, 3)], 20)
+    assert found == [0, 1024, 512, 0, 1536]
+    assert records.steps.column("prefill_tokens")[records.steps.column("prefill_tokens") > 0].tolist() == [
+        1032, 520, 520, 520, 8,
+    ]  # fmt: skip
+
+
+def test_one_token_is_always_computed():
+    assert cached([(1, 2), (1, 2)], 20, tail=0)[0] == [0, 512]
+
+
+def test_blocks_leave_least_recently_used_and_deepest_first():
+    """Room for four blocks: (1, 2) and (3, 4) fill it; (5,) drops 2, the deepest of the one used longest ago."""
+    assert cached([(1, 2), (3, 4), (5,), (1, 2), (3, 4)], 4)[0] == [0, 0, 0, 512, 512]
+
+
+def test_what_running_requests_share_takes_memory_once():
+    hashes = [(1, 2, 3)] + [(1, 2, 3)] * 3
+    found, records = cached(hashes, 5, gap=150)  # the first has computed its prompt when the others come
+    assert found == [0, 1536, 1536, 1536]
+    assert records.steps.column("sequences").max() > 1
+    assert records.steps.column("kv_bytes").max() < 2 * 1536
+
+
+MOONCAKE = Path(__file__).parents[2] / "../shared/data/mooncake_traces/FAST25-release/traces/conversation_trace.jsonl"
+
+
+def test_hits_on_a_real_trace_are_those_counted_apart():
+    """One request at a time and room for all: a block is there as soon as a request before had it."""
+    if not MOONCAKE.exists():
+        pytest.skip(f"no Mooncake trace at {MOONCAKE}")
+    trace = make_trace(np.zeros((1, 1, 1)), 1)
+    rows, seen, expected, requests = read_rows(MOONCAKE)[:600], set(), [], []
+    for i, row in enumerate(rows):
+        leading = len(row.blocks)
+        for n, block in enumerate(row.blocks):
+            if block not in seen:
+                leading = n
+                break
+        expected.append(min(leading, (row.prompt - 1) // 512) * 512)
+        seen.update(row.blocks)
+        requests.append(
+            Request(f"{i}", "", i, row.prompt, np.zeros(row.prompt, int), np.zeros(1, int), blocks=row.blocks)
+        )
+    limits = Limits(1, 1, 1 << 20, 0, 1 << 60, prefixes=True)
+    found = served(trace, limits, workload=Workload(tuple(requests), "")).requests.column("cached_tokens")
+    assert found.tolist() == expected
+    assert sum(expected) > 0.05 * sum(row.prompt for row in rows)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=3), min_size=1, max_size=8), st.integers(0, 6), st.integers(0, 600),
+    st.booleans(), st.integers(0, 700),
+)  # fmt: skip
+def test_prefixes_conserve_memory_and_tokens(paths, spare, gap, preempts, chunk):
+    """A block's hash stands for all before it, so hashes are made from paths."""
+    hashes = [tuple(hash(tuple(path[: i + 1])) for i in range(len(path))) for path in paths]
+    trace, workload = prompts(hashes, gap=gap)
+    room = 512 * max(map(len, hashes)) + 11 + 100 * spare
+    limits = Limits(99, 3, 1 << 20, chunk, room, preempts, prefixes=True)
+    records = served(trace, limits, workload=workload, kv_per_token=1)
+    r, steps = records.requests, records.steps
+    assert steps.column("kv_bytes").max() <= room
+    again, kept = r.column("recomputed_tokens").sum(), r.column("cached_tokens").sum()
+    first_time = steps.column("prefill_tokens").sum() - again
+    assert first_time <= r.column("prompt_tokens").sum() - kept if not preempts else True
+    assert len(records.gaps) == 3 * len(hashes)
+    if not preempts:
+        assert again == 0 and first_time == r.column("prompt_tokens").sum() - kept
