@@ -95,10 +95,10 @@ def _question(
     model: str | None, machine: Any, expert_memory: str | None, slots_per_layer: int | None, workload: Path | None,
     request_rate: float | None, burstiness: float, max_concurrency: int | None, max_num_seqs: int,
     num_prompts: int | None, slo: float | None, max_batch_tokens: int, chunk: int, seed: int, engine: str,
-    preemption: str, prefix_cache: bool, goodput: list[str] | None = None,
+    preemption: str, prefix_cache: bool, goodput: list[str] | None = None, disaggregate: str | None = None,
 ) -> Any:  # fmt: skip
     """What replay and compare have in common, as one value."""
-    from moesim.question import Question, parse_slo
+    from moesim.question import Question, parse_pools, parse_slo
     from moesim.units import parse_size
 
     return Question(
@@ -118,6 +118,7 @@ def _question(
         chunk=chunk,
         preemption=preemption,
         prefix_cache=prefix_cache,
+        disaggregate=None if disaggregate is None else parse_pools(disaggregate),
         seed=seed,
         engine=engine,
     )
@@ -156,6 +157,10 @@ def replay(
     chunk: ChunkOption = 0,
     preemption: PreemptionOption = "none",
     prefix_cache: PrefixCache = False,
+    disaggregate: Annotated[
+        str | None,
+        typer.Option("--disaggregate", help="GPUs for prompts:GPUs for outputs, such as 5:3 (docs/several-gpus.md)."),
+    ] = None,
     settings: SetOption = None,
     seed: SeedOption = 0,
     engine: EngineOption = "auto",
@@ -187,8 +192,10 @@ def replay(
     question = _question(
         model, _priced(machine, prices), expert_memory, slots_per_layer, workload, request_rate, burstiness,
         max_concurrency, max_num_seqs, num_prompts, slo, max_batch_tokens, chunk, seed, engine, preemption,
-        prefix_cache, goodput,
+        prefix_cache, goodput, disaggregate,
     )  # fmt: skip
+    if timeline and disaggregate:
+        raise WorkloadError("--timeline shows one pool of GPUs; leave it or --disaggregate out")
     if trace is not None:
         routing = read(trace)
     else:

@@ -21,7 +21,7 @@ def format_run(run: Run) -> str:
         + (f"; {s['engine']['used']} engine" if m else ""),
     ]
     if "devices" in s:
-        lines.append(_device_line(s["devices"]))
+        lines += _pool_lines(s["devices"]) if "decode" in s["devices"] else [_device_line(s["devices"])]
     if m:
         lines += ["", *_speed_lines(s), *_cost_lines(s), "", *_expert_lines(s), "", *_limit_lines(s)]
     lines += ["", *_memory_lines(s["memory"])]
@@ -35,6 +35,20 @@ def _device_line(d: dict[str, Any]) -> str:
         f"{d['gpus']} GPUs: attention {d['attention']}-parallel, experts {d['experts']}-parallel{placed}; "
         f"balancedness {d['balancedness']:.3f}, imbalance ratio {d['imbalance_ratio']:.3f}"
     )
+
+
+def _pool_lines(d: dict[str, Any]) -> list[str]:
+    """Two pools of GPUs, and what goes from the one to the other."""
+    lines = []
+    for name in ("prefill", "decode"):
+        pool = d[name]
+        inside = _device_line(pool) if pool["gpus"] > 1 else "1 GPU"
+        lines.append(
+            f"{name:13} {inside}; busy {pool['busy_share']:.1%}, KV caches at most "
+            f"{format_size(pool['kv_most_bytes'])} of {format_size(pool['kv_room_bytes'])}"
+        )
+    moved = d["kv_transfer"]
+    return [*lines, f"KV transfer   {moved['bytes'] / GIB:.4g} GiB, {moved['mean_ms']:.3g} ms a request on average"]
 
 
 def _speed_lines(s: dict[str, Any]) -> list[str]:

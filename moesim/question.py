@@ -16,6 +16,7 @@ from moesim.costs.roofline import Roofline
 from moesim.costs.shard import slices
 from moesim.costs.table import CostTable
 from moesim.efficiencies import RESOURCES, terms
+from moesim.engine.pools import outputs_of, prompts_of, simulate_pools
 from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
 from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
@@ -31,6 +32,7 @@ from moesim.systems import System, load_system, with_settings
 from moesim.trace import PREFILL, Trace
 from moesim.trace.io import check_matches
 from moesim.transforms.transform import Shares, Transformed, apply_all, chain, nothing
+from moesim.units import format_size
 from moesim.workload import Workload, first, from_trace, read_workload, unroll, with_arrivals, with_slo
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class Question:
     chunk: int = 0
     preemption: str = "none"  # recompute
     prefix_cache: bool = False
+    disaggregate: tuple[int, int] | None = None  # GPUs for prompts, GPUs for outputs
     seed: int = 0
     engine: str = "auto"  # events | compiled
 
@@ -78,6 +81,8 @@ class Question:
                 f"--preemption {self.preemption}: must be one of {', '.join(PREEMPTION)}"
                 f"{nearest(self.preemption, PREEMPTION)}"
             )
+        if self.disaggregate and (self.prefix_cache or self.preemption != "none"):
+            raise WorkloadError("--disaggregate goes without --prefix-cache and --preemption; leave those out")
         for name, ms in self.goodput:
             if name not in metrics.GOODPUT:
                 raise WorkloadError(f"--goodput {name}: unknown metric{nearest(name, metrics.GOODPUT)}")
@@ -92,6 +97,14 @@ def parse_slo(text: str) -> tuple[str, float]:
         return name, float(ms)
     except ValueError:
         raise WorkloadError(f"--goodput '{text}': write METRIC:MS, such as ttft:2000") from None
+
+
+def parse_pools(text: str) -> tuple[int, int]:
+    """`5:3`: GPUs for prompts and for outputs. Raises WorkloadError."""
+    prompts, _, outputs = text.partition(":")
+    if not (prompts.isdecimal() and outputs.isdecimal() and int(prompts) and int(outputs)):
+        raise WorkloadError(f"--disaggregate '{text}': write GPUs for prompts:GPUs for outputs, such as 5:3")
+    return int(prompts), int(outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +175,35 @@ class Scene:
         self.concurrency = question.max_concurrency or (len(self.workload.requests) if timed else 1)
         self.given = self.model, self.trace  # as they come, before any transform
         self.transformed: Transformed | None = None
+        if question.disaggregate:
+            self._check_pools(*question.disaggregate)
+
+    def _check_pools(self, prompts: int, outputs: int) -> None:
+        machine, requests = self.machine, self.workload.requests
+        if prompts + outputs != machine.gpus or machine.others:
+            raise WorkloadError(
+                f"--disaggregate {prompts}:{outputs} divides {prompts + outputs} GPUs that are alike, but "
+                f"{machine.name} has {machine.gpus}{' that are not' if machine.others else ''}"
+            )
+        if self.concurrency < len(requests):
+            raise WorkloadError(
+                "--disaggregate: prompts must not wait for outputs of others; leave out --max-concurrency, and give "
+                "--request-rate where requests have no times of their own"
+            )
+        if not all(len(r.prefill) for r in requests) or not any(len(r.decode) for r in requests):
+            raise WorkloadError("--disaggregate: requests need prompts, and some more than one output token")
+
+    def pools(self, system: System) -> tuple[Scene, Scene]:
+        """The GPUs that serve prompts, and those that serve outputs, each as a scene of its own."""
+        assert self.question.disaggregate
+        if not system.all_resident:
+            raise PolicyError(f"--disaggregate: {system.name} has an expert cache; take all-resident, EPLB or HEXA-MoE")
+        pools = copy.copy(self), copy.copy(self)
+        for pool, part, gpus in zip(pools, (prompts_of, outputs_of), self.question.disaggregate, strict=True):
+            pool.question = replace(self.question, disaggregate=None)
+            pool.machine = replace(self.machine, gpus=gpus)
+            pool.workload = part(self.workload)
+        return pools
 
     def under(self, system: System) -> Scene:
         """The scene after the system's transforms: what it serves, and all that it knows."""
@@ -206,8 +248,10 @@ class Scene:
         """Where every byte of GPU, host and drive goes under `system`.
 
         The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
-        as many as do, since the engine admits requests by KV memory.
+        as many as do, since the engine admits requests by KV memory. Of two pools it is the tighter one's.
         """
+        if self.question.disaggregate:
+            return min((pool.ledger(system) for pool in self.pools(system)), key=lambda ledger: ledger.gpu["free"])
         sequences = self._together(system)
         ledger = self._ledger(system, sequences)
         while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
@@ -491,9 +535,12 @@ def _simulate(
     scene: Scene, system: System, ledger: Ledger, detail: bool = False, scale: str = "default", shown: bool = False,
     beliefs: tuple[Beliefs, ...] | None = None,
 ) -> Outcome:  # fmt: skip
-    setting = scene.setting(system, ledger, scale)
     rows = sum(len(r.prefill) + len(r.decode) for r in scene.workload.requests)
     with progress(f"{system.name}: tokens", rows, shown) as advance:
+        if scene.question.disaggregate:
+            prompts, outputs = (pool.setting(system, pool.ledger(system), scale) for pool in scene.pools(system))
+            return simulate_pools(scene.workload, prompts, outputs, system, advance, scene.question.engine)
+        setting = scene.setting(system, ledger, scale)
         return simulate(setting, system, detail, beliefs, on_tokens=advance, engine=scene.question.engine)
 
 
@@ -538,6 +585,8 @@ def _summary(scene: Scene, system: System, ledger: Ledger, outcome: Outcome) -> 
 
 
 def _engine(scene: Scene, system: System) -> tuple[str, str]:
+    if scene.question.disaggregate:
+        return "pools", "prompts, then outputs, each on GPUs of their own"
     if scene.machine.gpus > 1:
         return "cluster", "several GPUs in step: nothing can happen between their exchanges"
     return choose_engine(scene.question.engine, system)
@@ -572,15 +621,16 @@ def _infeasible(scene: Scene, system: System, ledger: Ledger) -> dict[str, Any]:
 
 def _status(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, numbers: dict[str, Any]) -> tuple[str, str]:
     """The memory's verdict, or what only the run could show."""
-    arrivals = outcome.records.requests.column("arrival")
-    span = int(arrivals.max() - arrivals.min())
-    order = outcome.records.requests.column("request").argsort()
-    waited = (outcome.records.requests.column("admitted") - outcome.records.requests.column("sent"))[order]
-    quarter = len(waited) // 4
-    tail = waited[-quarter:].mean() if quarter else 0.0
-    growing = len(waited) >= ENOUGH and tail > 2 * waited[:quarter].mean()
-    if span and growing and tail > 0.25 * span:
-        return "OVERLOADED", f"the last quarter of the requests waited {tail / 1e9:.3g} s to be admitted"
+    for part in outcome.pools or (outcome,):
+        if tail := _growing_wait(part.records):
+            return "OVERLOADED", f"the last quarter of the requests waited {tail / 1e9:.3g} s to be admitted"
+    for name in ("prefill", "decode") if outcome.pools else ():
+        pool = (outcome.devices or {})[name]
+        if pool["kv_most_bytes"] > pool["kv_room_bytes"]:
+            return "OVERLOADED", (
+                f"KV caches of the {name} pool would take {format_size(pool['kv_most_bytes'])} of its "
+                f"{format_size(pool['kv_room_bytes'])}; these are the times as if there were room"
+            )
     if ledger.verdict == "FITS" and system.cache and not system.all_resident:
         steps = max(len(outcome.records.steps), 1)
         unique = numbers["lookups"] / steps / scene.trace.layers
@@ -588,6 +638,19 @@ def _status(scene: Scene, system: System, ledger: Ledger, outcome: Outcome, numb
         if unique > slots:
             return "THRASH", f"a step needs {unique:.1f} experts per layer, the cache holds {slots:.1f}"
     return ledger.verdict, ledger.reason
+
+
+def _growing_wait(records: Records) -> float:
+    """ns that the last quarter of the requests waited to be admitted, where the queue only grew; else 0."""
+    requests = records.requests
+    arrivals = requests.column("arrival")
+    span = int(arrivals.max() - arrivals.min())
+    order = requests.column("request").argsort()
+    waited = (requests.column("admitted") - requests.column("sent"))[order]
+    quarter = len(waited) // 4
+    tail = float(waited[-quarter:].mean()) if quarter else 0.0
+    growing = len(waited) >= ENOUGH and tail > 2 * waited[:quarter].mean()
+    return tail if span and growing and tail > 0.25 * span else 0.0
 
 
 def _inputs(scene: Scene, system: System) -> dict[str, Any]:
@@ -638,6 +701,8 @@ def _notes(scene: Scene, system: System) -> list[str]:
         notes.append("synthetic routing: the trace was drawn, not recorded")
     if scene.workload.routing != "as recorded":
         notes.append(f"routing of {scene.workload.routing} with seed {scene.question.seed}")
+    if scene.question.disaggregate:
+        notes.append("two pools of GPUs: TTFT is the prefill pool's; shares of time are means over all GPUs")
     if not (scene.trace.phase == PREFILL).any():
         notes.append("decode-only trace: prompts are not simulated, so TTFT is the first decode step")
     if system.own:

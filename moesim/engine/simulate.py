@@ -70,6 +70,7 @@ class Outcome:
     peak_resident_bytes: int
     engine: str = "events"
     devices: dict[str, Any] | None = None  # how several GPUs shared the work, and how evenly
+    pools: tuple[Outcome, ...] = ()  # of prompts and of outputs, where each has GPUs of its own
 
 
 def simulate(
