@@ -53,6 +53,8 @@ class Efficiencies:
     exchange: float
     exchange_host: float
     exchange_us: float
+    network: float
+    network_us: float
 
 
 RESOURCES = {  # whose terms err together
@@ -65,7 +67,10 @@ RESOURCES = {  # whose terms err together
         "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_plain", "core_gflops",
         "core_server", "numa_duplicated", "numa_split", "numa_cores",
     ),
-    "links": ("link", "copy_us", "duplex", "pageable", "nvme", "nvme_us", "exchange", "exchange_host", "exchange_us"),
+    "links": (
+        "link", "copy_us", "duplex", "pageable", "nvme", "nvme_us", "exchange", "exchange_host", "exchange_us",
+        "network", "network_us",
+    ),
 }  # fmt: skip
 
 

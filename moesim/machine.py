@@ -80,6 +80,7 @@ class Nvme:
 class Machine:
     """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
 
+    hosts: which the GPUs are spread over evenly; network_gbps: what each GPU reaches other hosts with, one direction.
     assumed: what no source states; efficiencies: terms measured on this machine, which then have no band; profile: name
     or directory of the profile its costs come from, "" for the specification sheet; measured_on: the machine as it was
     when that was measured, where a part has been made faster since; others: whose GPUs stand beside the first, where
@@ -92,6 +93,8 @@ class Machine:
     pcie: Link
     nvme: Nvme | None = None
     gpus: int = 1
+    hosts: int = 1
+    network_gbps: float | None = None
     unified: bool = False
     provenance: str = PROVENANCE
     efficiencies: tuple[tuple[str, float], ...] = ()
@@ -122,6 +125,8 @@ class Machine:
         """One line: `1 x rtx-4090, 24 GiB at 1008 GB/s; host 128 GiB at 77 GB/s; PCIe 25.5 GB/s`."""
         gpu, host = self.gpu, self.host
         text = f"{self.gpus - len(self.others)} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        if self.hosts > 1:
+            text += f", in {self.hosts} hosts joined at {self.network_gbps:g} GB/s per GPU"
         for other in self.others:
             text += f" + {other.gpu.name}, {format_size(other.gpu.memory_bytes)} at {other.gpu.hbm_gbps:g} GB/s"
         if self.unified:

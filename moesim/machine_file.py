@@ -104,6 +104,15 @@ def _set(machine: Machine, key: str, value: Any) -> Machine:
 def _consistent(machine: Machine, settings: dict[str, Any]) -> Machine:
     """Check what depends on two fields; a unified machine's host follows its GPU."""
     gpu, host, pcie = machine.gpu, machine.host, machine.pcie
+    if machine.gpus % machine.hosts:
+        raise MachineError(
+            f"hosts: {machine.hosts} hosts cannot share {machine.gpus} GPUs evenly; set gpus to a multiple"
+        )
+    if machine.hosts > 1 and machine.network_gbps is None:
+        raise MachineError(
+            "network_gbps: missing; say what each GPU reaches other hosts with, in GB/s and one direction (400 Gb/s "
+            "are 50)"
+        )
     if machine.unified:
         for key in settings:
             if key.startswith("pcie.") or key in ("host.memory", "host.dram_gbps"):
@@ -178,6 +187,8 @@ def _platform(value: Any) -> str:
 KEYS: dict[str, Callable[[Any], Any]] = {
     "name": _name,
     "gpus": _count,
+    "hosts": _count,
+    "network_gbps": _positive,
     "gpu.name": _name,
     "gpu.memory": _size,
     "gpu.hbm_gbps": _positive,

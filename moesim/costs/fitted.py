@@ -199,6 +199,10 @@ class Fitted(Roofline):
         fewest = min(curve.variant[1] for curve in curves)
         return min(self._ask([curve], nbytes=nbytes) for curve in curves if curve.variant[1] == fewest)
 
+    def _network(self, nbytes: float) -> float:
+        self.assumed.add("exchanges between hosts")
+        return super()._network(nbytes)
+
     # Choosing and asking
 
     def _measure_links(self) -> None:

@@ -174,6 +174,29 @@ class Roofline:
         gbps = gpu.nvlink_gbps * e.exchange if gpu.nvlink_gbps else self.copy_gbps * e.exchange_host
         return e.exchange_us * 1e-6 + moved / (gbps * 1e9)
 
+    def exchange_between_hosts(self, what: str, nbytes: float, devices: int, hosts: int) -> float:
+        """The same where the GPUs are spread evenly over `hosts`, joined by a network.
+
+        all_to_all sends to its own and to other hosts at the same time; the others reduce within each host before, or
+        gather within each after, what crosses the network, of which every GPU takes its share (as NCCL's trees and
+        DeepEP's kernels do).
+        """
+        own, outside = devices // hosts, (hosts - 1) / hosts * nbytes
+        if hosts == 1 or not nbytes:
+            return self.exchange(what, nbytes, devices)
+        if what == "all_reduce":
+            parts = ("reduce_scatter", "all_gather")
+            return sum(self.exchange_between_hosts(part, nbytes, devices, hosts) for part in parts)
+        within = self.exchange(what, nbytes, own)
+        if what in ("all_gather", "reduce_scatter"):
+            return within + self._network(outside / own)
+        return max(within, self._network(outside))
+
+    def _network(self, nbytes: float) -> float:
+        """From a GPU of one host to those of others."""
+        gbps = (self.machine.network_gbps or math.nan) * self.terms.network
+        return self.terms.network_us * 1e-6 + nbytes / (gbps * 1e9)
+
     # The ceiling
 
     def ceiling(self, nbytes: float, flops: float, hosted: bool = False) -> float:

@@ -271,8 +271,9 @@ class Cluster:
         key = what, nbytes
         cost = self._exchanged.get(key)
         if cost is None:
-            slowest = max(table.costs.exchange(what, nbytes, self._gpus) for table in self._distinct)
-            cost = self._exchanged[key] = ns(slowest)
+            hosts = self._table.machine.hosts
+            each = (table.costs.exchange_between_hosts(what, nbytes, self._gpus, hosts) for table in self._distinct)
+            cost = self._exchanged[key] = ns(max(each))
         return cost
 
     # Placement
