@@ -20,7 +20,7 @@ from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
 from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
-from moesim.machine import Machine, load_machine
+from moesim.machine import THIS, Machine, load_machine
 from moesim.memory import Ledger, largest_expert, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
@@ -65,6 +65,8 @@ class Question:
     engine: str = "auto"  # events | compiled
 
     def __post_init__(self) -> None:
+        if isinstance(self.machine, str) and THIS in self.machine.split("+"):  # answers name what it is, wherever read
+            object.__setattr__(self, "machine", load_machine(self.machine))
         least_of = {"max_concurrency": 1, "max_num_seqs": 1, "max_batch_tokens": 1, "chunk": 0, "seed": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -601,7 +603,7 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
 
 def _notes(scene: Scene, system: System) -> list[str]:
     """What a reader must know before believing a number."""
-    notes = [*system.notes, *(scene.transformed.notes if scene.transformed else ())]
+    notes = [*scene.machine.notes, *system.notes, *(scene.transformed.notes if scene.transformed else ())]
     if tell := getattr(system.predictor, "notes", None):
         notes += tell(scene.trace)
     _, assumed = _beyond(scene)

@@ -18,7 +18,7 @@ def plan(
     model: Annotated[str, typer.Option("--model", "-m", help="Model name, config.json or .gguf.")],
     machine: Annotated[
         str | None,
-        typer.Option("--machine", help="Machines or YAML files, separated by commas; default: rtx-4090."),
+        typer.Option("--machine", help="Machines, YAML files or 'this', separated by commas; default: rtx-4090."),
     ] = None,
     bits: Annotated[str, typer.Option("--bits", help="Bits per weight to consider, scales included.")] = "16,8.5,4.85",
     policies: Annotated[
@@ -118,6 +118,7 @@ def _page(result: dict[str, Any]) -> str:
     else:
         lines += _best(result["best"])
     lines += ["", *_table(result), *_excluded(result["excluded"])]
+    lines += [f"note: {note}" for machine in result["machines"].values() for note in machine["notes"]]
     lines.append("routing is drawn, not recorded; quality at fewer bits is not modelled")
     return "\n".join(lines)
 

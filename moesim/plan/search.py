@@ -203,7 +203,7 @@ def plan(
         _draw(search, space, trials, False, study)
     if composed:
         _draw(search, space._replace(policies=composed), trials, True, study)
-    return _answer(search)
+    return _answer(search, space.machines)
 
 
 def _draw(search: Search, space: Space, trials: int, anew: bool, study: Path | None) -> None:
@@ -212,7 +212,7 @@ def _draw(search: Search, space: Space, trials: int, anew: bool, study: Path | N
     draw(search, space, trials, anew, study)
 
 
-def _answer(search: Search) -> Row:
+def _answer(search: Search, machines: Sequence[Machine]) -> Row:
     asking, asked, found = search.asking, search.asking.asked, search.found
     found.sort(key=lambda row: _rank(row, asked))
     front = _pareto(found)
@@ -232,6 +232,7 @@ def _answer(search: Search) -> Row:
         )
     return {
         "model": asking.model.name,
+        "machines": {machine.name: {"summary": machine.summary, "notes": machine.notes} for machine in machines},
         "objective": asked.objective,
         "workload": _workload(asking),
         "slos_ms": dict(asked.goodput),
