@@ -21,7 +21,7 @@ from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, sim
 from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
 from moesim.machine import THIS, Machine, load_machine
-from moesim.memory import Ledger, largest_expert, plan_memory
+from moesim.memory import KV_BLOCK, Ledger, largest_expert, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
 from moesim.policies.own import is_own
@@ -77,6 +77,11 @@ class Question:
                 raise WorkloadError(f"--goodput {name}: unknown metric{nearest(name, metrics.GOODPUT)}")
             if not 0 < ms < math.inf:
                 raise WorkloadError(f"--goodput {name}:{ms:g} must be a number of ms above 0")
+
+    @property
+    def fixes_experts(self) -> bool:
+        """Whether it says what of the memory cached experts get; else they share it with the KV caches."""
+        return self.expert_memory is not None or self.slots_per_layer is not None
 
 
 def parse_slo(text: str) -> tuple[str, float]:
@@ -199,15 +204,34 @@ class Scene:
     def ledger(self, system: System) -> Ledger:
         """Where every byte of GPU, host and drive goes under `system`.
 
-        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
-        as many as do, since the engine admits requests by KV memory.
+        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, or
+        less than was set aside for them, for as many as do, since the engine admits requests by KV memory.
         """
         sequences = self._together(system)
-        ledger = self._ledger(system, sequences)
-        while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
+        while sequences > 1:
+            try:
+                ledger = self._ledger(system, sequences)
+            except MemoryBudgetError:  # said where not even one sequence has room
+                pass
+            else:
+                if ledger.verdict not in ("OOM", "CACHE_DISABLED"):
+                    return ledger
             sequences = -(-sequences // 2)
-            ledger = self._ledger(system, sequences)
-        return ledger
+        return self._ledger(system, 1)
+
+    def at_once(self, system: System) -> int:
+        """Requests that one GPU, or all that share their KV caches, serve at once: those whose caches fit, or one."""
+        longest = max(r.prompt_tokens + len(r.decode) for r in self.workload.requests)
+        room = self._kv_bytes(system, self.ledger(system)) // self.model.kv_bytes(-(-longest // KV_BLOCK) * KV_BLOCK)
+        return max(min(self._together(system), room), 1)
+
+    def beside(self, system: System, share: float) -> int | None:
+        """Bytes left for cached experts beside the KV caches of a share of the sequences that may be in service."""
+        if system.all_resident or not system.cache:
+            return None
+        alone = copy.copy(self)
+        alone.question = replace(self.question, expert_memory=None, slots_per_layer=None)
+        return alone._ledger(system, max(math.ceil(share * self._together(system)), 1)).expert_bytes
 
     def wanted(self, system: System) -> Ledger:
         """With the KV caches of all sequences that may be in service, whether they fit or not."""
@@ -300,8 +324,7 @@ class Scene:
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)
-        own = q.expert_memory is not None or q.slots_per_layer is not None
-        shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
+        shared = 0 if q.fixes_experts or system.all_resident or not system.cache else ledger.shared_bytes
         one_slot_each = sum(table.expert_bytes(layer) for layer in range(self.trace.layers))
         return Setting(
             trace=self.trace,
@@ -330,8 +353,9 @@ class Scene:
         return self.machine.gpus if system.parallel.attention == "data" else 1
 
     def _kv_bytes(self, system: System, ledger: Ledger) -> int:
-        """For KV caches of one GPU."""
-        free = ledger.gpu["free"] if system.all_resident else 0
+        """For KV caches of one GPU: what it reserved, and what is free where experts take a fixed part."""
+        fixed = system.cache and self.question.fixes_experts
+        free = ledger.gpu["free"] if system.all_resident or fixed else 0
         return ledger.kv_bytes + max(free, 0)
 
 

@@ -52,7 +52,7 @@ def _kept(system: System, scene: Scene) -> list[int]:
 def flags(system: System, scene: Scene, bits: float, published: bool) -> dict[str, str]:
     """Lines by engine; none where no released engine serves so. published: no weight is stored in fewer bits."""
     context = max(r.prompt_tokens + len(r.decode) + 1 for r in scene.workload.requests)
-    together, machine = scene.concurrency, scene.machine
+    together, machine = scene.at_once(system), scene.machine
     if machine.cpu_only:
         cores = machine.host.cores * machine.host.sockets
         line = f"llama-server -m MODEL.gguf -t {cores} -np {together} -c {context * together}{UNTESTED}"
