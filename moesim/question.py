@@ -225,13 +225,14 @@ class Scene:
         room = self._kv_bytes(system, self.ledger(system)) // self.model.kv_bytes(-(-longest // KV_BLOCK) * KV_BLOCK)
         return max(min(self._together(system), room), 1)
 
-    def beside(self, system: System, share: float) -> int | None:
-        """Bytes left for cached experts beside the KV caches of a share of the sequences that may be in service."""
+    def beside(self, system: System, share: float) -> Ledger | None:
+        """With all that is left for cached experts beside the KV caches of a share of the sequences that may be in
+        service; None where no experts are cached."""
         if system.all_resident or not system.cache:
             return None
         alone = copy.copy(self)
         alone.question = replace(self.question, expert_memory=None, slots_per_layer=None)
-        return alone._ledger(system, max(math.ceil(share * self._together(system)), 1)).expert_bytes
+        return alone._ledger(system, max(math.ceil(share * self._together(system)), 1))
 
     def wanted(self, system: System) -> Ledger:
         """With the KV caches of all sequences that may be in service, whether they fit or not."""
@@ -402,12 +403,18 @@ def run(
 
 
 def estimate(trace: Trace, policy: str | System, question: Question) -> dict[str, Any]:
-    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request."""
+    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request.
+
+    at_once: requests whose KV caches have room; most_slots: of cached experts per layer, beside one request's KV cache.
+    """
     system = compose(policy)
     scene = Scene(trace, replace(question, num_prompts=question.num_prompts or len(trace.requests))).under(system)
     ledger = scene.ledger(system)
     found: dict[str, Any] = {"status": ledger.verdict, "status_reason": ledger.reason, "memory": ledger.to_dict()}
     if _runs(system, ledger):
+        if (most := scene.beside(system, 0.0)) is not None:
+            found["at_once"] = scene.at_once(system)
+            found["most_slots"] = most.slots_per_layer
         scene.workload = first(scene.workload, 1)
         top = metrics.throughput_metrics(ceiling(scene.setting(system, ledger)))["output_throughput"]
         found["ceiling"] = {"output_throughput": top, "basis": "one request, " + CEILING_BASIS}

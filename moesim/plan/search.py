@@ -118,8 +118,8 @@ class _Asking:
             return self._undivided(choice)
         if choice not in self._divided:
             question = self._undivided(choice)
-            memory = Scene(self.trace(choice), question).beside(choice.system, choice.kv_share)
-            self._divided[choice] = replace(question, expert_memory=memory)
+            ledger = Scene(self.trace(choice), question).beside(choice.system, choice.kv_share)
+            self._divided[choice] = replace(question, expert_memory=ledger.expert_bytes if ledger else None)
         return self._divided[choice]
 
     def _undivided(self, choice: Choice) -> Question:
@@ -294,7 +294,7 @@ def _divided(asking: _Asking, choice: Choice) -> Choice:
     whole = replace(choice, kv_share=1.0)
     scene = asking.scene(whole)
     more = scene.beside(choice.system, choice.kv_share)
-    worthwhile = more is not None and more >= WORTHWHILE * scene.ledger(choice.system).expert_bytes
+    worthwhile = more is not None and more.expert_bytes >= WORTHWHILE * scene.ledger(choice.system).expert_bytes
     return choice if worthwhile else whole
 
 

@@ -27,8 +27,8 @@ def draw_wave(
 
     block: task, prompt, length and first row, [requests]; base: [2 phases, layers, requests, experts]; recency: [tasks,
     layers, gaps]; arrival: [layers, requests, experts] logarithms of exponential variates; last_use: [layers, requests,
-    experts] tokens; chosen: [layers + 1, requests, k], entry l by layer l - 1; below: [rows, layers, k], which stands for
-    `chosen` if not empty; out: [rows, layers, k]. last_use, chosen and out are brought up to date.
+    experts] tokens; chosen: [layers + 1, requests, k], entry l by layer l - 1; below: [rows, layers, k], in its
+    stead if not empty; out: [rows, layers, k]. last_use, chosen and out are brought up to date.
 
     An exponential divided by the weight is an arrival time; the k that arrive first are drawn (the Gumbel-max trick).
     """
