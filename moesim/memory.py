@@ -170,7 +170,7 @@ def _gpu_entries(
     """What the GPU holds beside KV caches and experts; a unified machine's memory also holds the operating system."""
     entries = {
         "weights but experts": model.other_bytes,
-        "CUDA context": CUDA_CONTEXT,
+        "CUDA context": 0 if machine.cpu_only else CUDA_CONTEXT,
         "activations": activation_bytes(model, batch_tokens, sequences),
         "staging": scratch_experts * largest_expert(model),
         "fragmentation reserve": int(FRAGMENTATION * machine.gpu.memory_bytes),

@@ -20,8 +20,8 @@ from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
 from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
-from moesim.machine import Machine, load_machine
-from moesim.memory import Ledger, largest_expert, plan_memory
+from moesim.machine import THIS, Machine, load_machine
+from moesim.memory import KV_BLOCK, Ledger, largest_expert, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
 from moesim.policies.own import is_own
@@ -68,6 +68,8 @@ class Question:
     engine: str = "auto"  # events | compiled
 
     def __post_init__(self) -> None:
+        if isinstance(self.machine, str) and THIS in self.machine.split("+"):  # answers name what it is, wherever read
+            object.__setattr__(self, "machine", load_machine(self.machine))
         least_of = {"max_concurrency": 1, "max_num_seqs": 1, "max_batch_tokens": 1, "chunk": 0, "seed": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -83,6 +85,11 @@ class Question:
                 raise WorkloadError(f"--goodput {name}: unknown metric{nearest(name, metrics.GOODPUT)}")
             if not 0 < ms < math.inf:
                 raise WorkloadError(f"--goodput {name}:{ms:g} must be a number of ms above 0")
+
+    @property
+    def fixes_experts(self) -> bool:
+        """Whether it says what of the memory cached experts get; else they share it with the KV caches."""
+        return self.expert_memory is not None or self.slots_per_layer is not None
 
 
 def parse_slo(text: str) -> tuple[str, float]:
@@ -205,15 +212,35 @@ class Scene:
     def ledger(self, system: System) -> Ledger:
         """Where every byte of GPU, host and drive goes under `system`.
 
-        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
-        as many as do, since the engine admits requests by KV memory.
+        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, or
+        less than was set aside for them, for as many as do, since the engine admits requests by KV memory.
         """
         sequences = self._together(system)
-        ledger = self._ledger(system, sequences)
-        while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
+        while sequences > 1:
+            try:
+                ledger = self._ledger(system, sequences)
+            except MemoryBudgetError:  # said where not even one sequence has room
+                pass
+            else:
+                if ledger.verdict not in ("OOM", "CACHE_DISABLED"):
+                    return ledger
             sequences = -(-sequences // 2)
-            ledger = self._ledger(system, sequences)
-        return ledger
+        return self._ledger(system, 1)
+
+    def at_once(self, system: System) -> int:
+        """Requests that one GPU, or all that share their KV caches, serve at once: those whose caches fit, or one."""
+        longest = max(r.prompt_tokens + len(r.decode) for r in self.workload.requests)
+        room = self._kv_bytes(system, self.ledger(system)) // self.model.kv_bytes(-(-longest // KV_BLOCK) * KV_BLOCK)
+        return max(min(self._together(system), room), 1)
+
+    def beside(self, system: System, share: float) -> Ledger | None:
+        """With all that is left for cached experts beside the KV caches of a share of the sequences that may be in
+        service; None where no experts are cached."""
+        if system.all_resident or not system.cache:
+            return None
+        alone = copy.copy(self)
+        alone.question = replace(self.question, expert_memory=None, slots_per_layer=None)
+        return alone._ledger(system, max(math.ceil(share * self._together(system)), 1))
 
     def wanted(self, system: System) -> Ledger:
         """With the KV caches of all sequences that may be in service, whether they fit or not."""
@@ -306,8 +333,7 @@ class Scene:
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)
-        own = q.expert_memory is not None or q.slots_per_layer is not None
-        shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
+        shared = 0 if q.fixes_experts or system.all_resident or not system.cache else ledger.shared_bytes
         if shared and q.prefix_cache:
             raise PolicyError(
                 f"--prefix-cache: {system.name} divides GPU memory between experts and KV caches as it goes, so "
@@ -343,8 +369,9 @@ class Scene:
         return self.machine.gpus if system.parallel.attention == "data" else 1
 
     def _kv_bytes(self, system: System, ledger: Ledger) -> int:
-        """For KV caches of one GPU."""
-        free = ledger.gpu["free"] if system.all_resident else 0
+        """For KV caches of one GPU: what it reserved, and what is free where experts take a fixed part."""
+        fixed = system.cache and self.question.fixes_experts
+        free = ledger.gpu["free"] if system.all_resident or fixed else 0
         return ledger.kv_bytes + max(free, 0)
 
 
@@ -401,12 +428,18 @@ def run(
 
 
 def estimate(trace: Trace, policy: str | System, question: Question) -> dict[str, Any]:
-    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request."""
+    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request.
+
+    at_once: requests whose KV caches have room; most_slots: of cached experts per layer, beside one request's KV cache.
+    """
     system = compose(policy)
     scene = Scene(trace, replace(question, num_prompts=question.num_prompts or len(trace.requests))).under(system)
     ledger = scene.ledger(system)
     found: dict[str, Any] = {"status": ledger.verdict, "status_reason": ledger.reason, "memory": ledger.to_dict()}
     if _runs(system, ledger):
+        if (most := scene.beside(system, 0.0)) is not None:
+            found["at_once"] = scene.at_once(system)
+            found["most_slots"] = most.slots_per_layer
         scene.workload = first(scene.workload, 1)
         top = metrics.throughput_metrics(ceiling(scene.setting(system, ledger)))["output_throughput"]
         found["ceiling"] = {"output_throughput": top, "basis": "one request, " + CEILING_BASIS}
@@ -628,7 +661,7 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
 
 def _notes(scene: Scene, system: System) -> list[str]:
     """What a reader must know before believing a number."""
-    notes = [*system.notes, *(scene.transformed.notes if scene.transformed else ())]
+    notes = [*scene.machine.notes, *system.notes, *(scene.transformed.notes if scene.transformed else ())]
     if tell := getattr(system.predictor, "notes", None):
         notes += tell(scene.trace)
     _, assumed = _beyond(scene)

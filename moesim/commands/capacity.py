@@ -17,7 +17,7 @@ def capacity(
     goodput: Annotated[list[str], typer.Option("--goodput", help="An SLO in ms to keep, such as ttft:2000.")],
     policy: Annotated[str, typer.Option("--policy", "-p", help="System.")] = "LRU",
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model; default: what the trace says.")] = None,
-    machine: Annotated[str, typer.Option("--machine", help="Machine name or YAML file.")] = "rtx-4090",
+    machine: Annotated[str, typer.Option("--machine", help="Machine name, YAML file, or 'this'.")] = "rtx-4090",
     slots_per_layer: Annotated[
         int | None, typer.Option("--slots-per-layer", help="Expert slots per MoE layer.")
     ] = None,
@@ -59,6 +59,6 @@ def capacity(
         )
     else:
         text = f"not one request at a time keeps {slos} for {attainment:.0%}: {result['breaks_first']}"
-    emit(result, text, as_json, output)
+    emit(result, "\n".join([text, *(f"note: {note}" for note in result["notes"])]), as_json, output)
     if not result["rate"]:
         raise typer.Exit(UNMET)

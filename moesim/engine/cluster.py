@@ -204,10 +204,10 @@ class Cluster:
 
     def _routed(self, rows: I64) -> I64:
         """(token, expert) pairs of a pass: [layers, experts]."""
-        layers, experts = self._trace.layers, self._trace.info.experts
-        chosen = self._trace.experts[rows].astype(np.int64)
-        chosen += np.where(chosen < 0, layers * experts, experts * np.arange(layers)[:, None])
-        return np.bincount(chosen.ravel(), minlength=layers * experts)[: layers * experts].reshape(layers, experts)
+        from moesim.trace.choices import count_choices
+
+        counts: I64 = count_choices(self._trace.experts, rows, self._trace.info.experts)
+        return counts
 
     def _mixer(self, groups: Members) -> I64:
         """Attention and dense parts by layer, of the slowest GPU."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.errors import SweepError
 from moesim.files import atomic
+from moesim.machine import Machine
 from moesim.output import to_json
 from moesim.plan.jobs import Job
 from moesim.plan.spec import ASKED
@@ -72,6 +73,8 @@ def failure(job: Job, status: str, reason: str) -> Row:
 def _given(job: Job) -> Row:
     point = job.point
     asked = {name: getattr(point.question, name) for name in ASKED}
+    if isinstance(asked["machine"], Machine):
+        asked["machine"] = asked["machine"].name
     paths = {"trace": str(point.trace), "workload": str(asked["workload"]) if asked["workload"] else None}
     return asked | paths | {"id": job.id, "policy": point.policy, "settings": ", ".join(point.settings)}
 

@@ -6,10 +6,12 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import MoesimError, SweepError, nearest
+from moesim.machine import THIS, Machine, load_machine
 from moesim.question import Question
 from moesim.systems import System, split_specs
 from moesim.units import parse_size
@@ -154,6 +156,12 @@ def _point(run: Mapping[str, Any], anchors: bool) -> Point:
     )
 
 
+@cache
+def _here() -> Machine:
+    """The machine that asks, wherever the points run; looked at once."""
+    return load_machine(THIS)
+
+
 def _text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
@@ -168,6 +176,8 @@ def _value(name: str, value: Any) -> Any:
         raise SweepError(f"{name}: cannot be none; leave it out for the default")
     if name == "expert_memory":
         return parse_size(str(value), name)
+    if name == "machine" and value == THIS:
+        return _here()
     readers = {"int": int, "float": float, "str": str, "Path": Path}
     text = str(value)
     try:
