@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from moesim.model import Model
 
 
+SMALL_IN_LAYER = 5  # small kernels of a layer, which take `layer_us` together: LLMServingSim dense.csv
+
+
 class Attended(NamedTuple):
     """Shape of one attention kernel: `sequences`, each with `tokens` new tokens after `past` cached ones, of which each
     sees at most `window` if that is not 0; tokens 0 is decoding: one new token that sees `past`, itself included."""
@@ -121,6 +124,10 @@ class Roofline:
     def layer(self, nbytes: float) -> float:
         """A layer's small kernels, which move `nbytes` of activations, and its launch outside a CUDA graph."""
         return self._eager + self.terms.layer_us * 1e-6 + nbytes / (self._hbm * self.terms.hbm)
+
+    def small(self, kernels: int, nbytes: float) -> float:
+        """So many small kernels, which move `nbytes` of activations together, once launched."""
+        return kernels / SMALL_IN_LAYER * self.terms.layer_us * 1e-6 + nbytes / (self._hbm * self.terms.hbm)
 
     def launches(self, kernels: int) -> float:
         """The host launches so many kernels one by one, outside a CUDA graph."""
