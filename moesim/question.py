@@ -162,7 +162,7 @@ class Scene:
         check_matches(trace, self.model)
         given = question.machine
         self.machine: Machine = given if isinstance(given, Machine) else load_machine(given)
-        self._costs: dict[tuple[str, bool, bool], Roofline] = {}
+        self._costs: dict[tuple[str, bool, bool, bool], Roofline] = {}
         self.workload = _workload(trace, question)
         self._shared_rows = bool(question.workload)
         timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
@@ -302,15 +302,18 @@ class Scene:
             cache=system.cache,
             scratch_experts=scratch,
             experts_held=held,
+            native=system.native,
         )
 
     def _served(self, system: System) -> Model:
         bits = system.expert_bits
         return self.model if bits is None else self.model.with_precision(expert_bits=bits)
 
-    def costs(self, scale: str = "default", graph: bool = True, repacked: bool = True) -> Roofline:
+    def costs(
+        self, scale: str = "default", graph: bool = True, repacked: bool = True, native: bool = False
+    ) -> Roofline:
         """What the machine's primitives cost; a profile is read once."""
-        key = scale, graph, repacked
+        key = scale, graph, repacked, native
         if key not in self._costs:
             self._costs[key] = costs_of(self.machine, *key)
         return self._costs[key]
@@ -321,7 +324,7 @@ class Scene:
 
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
-        costs = self.costs(scale, system.graph, system.repacked)
+        costs = self.costs(scale, system.graph, system.repacked, system.native)
         pinned = system.placement.pinned and ledger.expert_bytes >= self._served(system).total_expert_bytes
         held = system.all_resident or pinned  # nothing is ever absent
         changing = system.cache and not system.placement.pinned

@@ -59,10 +59,10 @@ def test_anchor_copy() -> None:
 
 
 def test_anchor_host_expert() -> None:
-    """77 GB/s x 0.85; with the cores as the limit: 1e8 weights at 1/30 + 2/120 ns each over 16 cores."""
+    """77 GB/s x 0.85; with the cores as the limit: 1e8 weights at 1/23.3 + 2/180 ns each over 16 cores."""
     costs = Roofline(load_machine("rtx-4090"))
     assert costs.host_expert(1, 10**8, 10**9) == pytest.approx(1 / (77 * 0.85))
-    assert costs.host_expert(1, 10**8, 0) == pytest.approx(1e-9 * 1e8 * (1 / 30 + 2 / 120) / 16)
+    assert costs.host_expert(1, 10**8, 0) == pytest.approx(1e-9 * 1e8 * (1 / 23.3 + 2 / 180) / 16)
 
 
 def test_pageable_memory_and_transfer_overhead() -> None:
@@ -161,13 +161,13 @@ def test_nothing_beats_the_ceiling(machine, tokens, nbytes, active) -> None:
     assert costs.grouped(1, tokens, params=nbytes, nbytes=nbytes, pair_bytes=0, bits=8) >= bare * 0.999
 
 
-def test_weights_that_are_not_repacked_unpack_more_slowly() -> None:
-    """ik_llama.cpp discussion 258: 7.7 instead of 18.5 Gweights/s a core; 16 bits need no unpacking."""
+def test_weights_that_are_not_repacked_are_multiplied_more_slowly() -> None:
+    """ik_llama.cpp discussion 258: 7.7 instead of 18.5 Gweights/s a core; 16 bits lie as they are."""
     machine = load_machine("rtx-4090")
     machine = replace(machine, host=replace(machine.host, dram_gbps=1e6))
     plain, repacked = (Roofline(machine, repacked=one) for one in (False, True))
     rates = [10**8 / costs.host_expert(1, 10**8, 10**8 / 3) / machine.host.cores / 1e9 for costs in (plain, repacked)]
-    assert rates == [pytest.approx(7.7, rel=0.05), pytest.approx(20, rel=0.05)]
+    assert rates == [pytest.approx(7.7, rel=0.02), pytest.approx(18.5, rel=0.01)]
     assert plain.host_expert(1, 10**8, 2e8) == repacked.host_expert(1, 10**8, 2e8)
 
 
@@ -182,7 +182,7 @@ def test_every_term_changes_something(name: str) -> None:
 
     def answers(**given: float) -> list[object]:
         one = replace(machine, efficiencies=tuple(given.items()))
-        costs = Roofline(one, graph=False, repacked=name != "core_plain")
+        costs = Roofline(one, graph=False, repacked=name != "core_plain", native=name == "step_native_us")
         rates = [costs.copy_gbps, costs.duplex_gbps, costs.host_gbps, costs.read_gbps]
         small, large = every(costs, 1, 1000, 1), every(costs, 5000, 10**8, 4)
         apart = Roofline(replace(costs.machine, gpu=replace(machine.gpu, nvlink_gbps=None)))
