@@ -253,7 +253,7 @@ def test_the_divider_moves_memory_to_experts_as_slots_per_layer_does(page):
     (divider,) = app.slider
     fits = divider.value
     assert divider.min == 1 and 1 < fits <= divider.max
-    assert f"{fits} slots per layer" in divider.label and "2 requests at once" in divider.label
+    assert f"{fits} slots per layer" in divider.label and "for 2 at once" in divider.label
     divider.set_value(3).run()
     app = settled(app)
     assert next(n for n in app.number_input if n.label == "Expert slots").value == 3

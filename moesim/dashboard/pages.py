@@ -262,7 +262,7 @@ def _divider(asked: Asked, found: dict[str, Any]) -> None:
 
     now = min(max(memory["slots_per_layer"], 1), found["most_slots"])
     st.slider(
-        f"Experts {experts}, {now} slots per layer | KV caches {kv}, {found['at_once']} requests at once",
+        f"Experts {experts}, {now} slots per layer | KV caches {kv}, for {found['at_once']} at once",
         1, found["most_slots"], now, key=key, on_change=moved,
     )  # fmt: skip
     if asked.slots is not None:
