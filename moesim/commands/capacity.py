@@ -25,6 +25,9 @@ def capacity(
     attainment: Annotated[float, typer.Option("--attainment", help="Share of requests that must keep all SLOs.")] = 0.9,
     burstiness: Annotated[float, typer.Option("--burstiness", help="Shape of the gaps; 1 is Poisson.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Sequences the server batches at once.")] = 256,
+    preemption: Annotated[
+        str, typer.Option("--preemption", help="none, or recompute: requests come in by the KV memory they need now.")
+    ] = "none",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change one choice, such as eviction.scope=global.")
     ] = None,
@@ -45,6 +48,7 @@ def capacity(
         expert_memory=None if expert_memory is None else parse_size(expert_memory, "--expert-memory"),
         burstiness=burstiness,
         max_num_seqs=max_num_seqs,
+        preemption=preemption,
         seed=seed,
         goodput=tuple(parse_slo(text) for text in goodput),
     )
