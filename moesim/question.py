@@ -713,7 +713,7 @@ def _anchors(
     found: dict[str, Any] = {}
     with progress("anchors and error bar", len(ANCHORS) + 3, shown) as advance:
         for name, policy in ANCHORS.items():
-            found[name] = anchor(sample, policy)
+            found[name] = anchor(sample, policy, system.native)
             advance()
         band = {}
         for scale in ("low", "high"):
@@ -773,10 +773,13 @@ def on_sample(
     return found
 
 
-def anchor(scene: Scene, name: str) -> dict[str, Any]:
-    """What the system `name` makes of the scene as it comes; all experts resident also where they do not fit."""
+def anchor(scene: Scene, name: str, native: bool = False) -> dict[str, Any]:
+    """What the system `name` makes of the scene as it comes; all experts resident also where they do not fit.
+
+    native: in an engine that is a compiled program, as that of the system it is an anchor for.
+    """
     scene = scene.untransformed().unrolled()
-    system = load_system(name)
+    system = replace(load_system(name), native=native)
     try:
         ledger = scene.ledger(system)
         fits = ledger.verdict != "OOM"

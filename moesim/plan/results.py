@@ -42,7 +42,7 @@ def schema() -> pa.Schema:
     """Columns of every part. `summary` is what `moesim replay --json` prints; "" where nothing was served."""
     import pyarrow as pa
 
-    kinds = {"int": pa.int64(), "float": pa.float64()}
+    kinds = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     asked = [(name, kinds.get(kind.partition(" |")[0], pa.string())) for name, kind in ASKED.items()]
     numbers = [(name, pa.float64()) for name in (*_NUMBERS, *METRICS)]
     return pa.schema([*((name, pa.string()) for name in _TEXT[:-1]), *asked, *numbers, ("summary", pa.string())])

@@ -490,7 +490,7 @@ def _explained(asking: _Asking, choice: Choice) -> Row:
     ledger, under = scene.ledger(system), scene.under(system)
     top = ceiling(under.setting(system, ledger), hosted=system.misses.may_host)
     return {
-        "anchors": {name: anchor(scene, policy) for name, policy in ANCHORS.items()},
+        "anchors": {name: anchor(scene, policy, system.native) for name, policy in ANCHORS.items()},
         "ceiling": throughput_metrics(top)["output_throughput"],
         "memory": ledger.to_dict(),
         "notes": run(asking.trace(choice), system, asking.question(choice), anchors=False, shown=False).summary[

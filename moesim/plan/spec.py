@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -166,6 +166,13 @@ def _text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+def _flag(text: str) -> bool:
+    """`true` or `false`; ValueError otherwise."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
 def _value(name: str, value: Any) -> Any:
     """`value` as the kind a question's field is declared to hold."""
     kind, *others = ASKED[name].split(" | ")  # of several kinds the first is the one that can be written
@@ -178,12 +185,12 @@ def _value(name: str, value: Any) -> Any:
         return parse_size(str(value), name)
     if name == "machine" and value == THIS:
         return _here()
-    readers = {"int": int, "float": float, "str": str, "Path": Path}
+    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "Path": Path, "bool": _flag}
     text = str(value)
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) != (kind == "bool") and not isinstance(value, str):
             raise ValueError
         return readers[kind](text)
     except ValueError:
-        what = {"int": "a whole number", "float": "a number"}[kind]
+        what = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
         raise SweepError(f"{name}: '{text}' must be {what}") from None
