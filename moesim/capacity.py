@@ -51,6 +51,7 @@ def capacity(
         trace, system, replace(question, max_concurrency=1), anchors=False, beliefs=beliefs, shown=False
     ).summary
     result = {"attainment": attainment, "slos_ms": dict(question.goodput), "status": alone["status"]}
+    result |= {"machine": alone["inputs"]["machine"]["name"], "notes": alone["notes"]}
     if not alone["metrics"]:
         return result | {"rate": 0.0, "low": 0.0, "high": 0.0, "breaks_first": alone["status_reason"]}
     if alone["metrics"]["slo_attainment"] < attainment:

@@ -28,7 +28,7 @@ PolicyOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="Model name, config.json or .gguf; default: what the trace says.")
 ]
-MachineOption = Annotated[str, typer.Option("--machine", help="Machine name or YAML file.")]
+MachineOption = Annotated[str, typer.Option("--machine", help="Machine name, YAML file, or 'this'.")]
 ExpertMemory = Annotated[
     str | None, typer.Option("--expert-memory", help="GPU memory for routed experts, such as 8GiB; default: all left.")
 ]

@@ -101,7 +101,7 @@ def _setting(system: System, ground: Ground, slots: int, together: int, seed: in
     served = apply_all(system.transforms, ground.model, ground.trace, seed)
     bits = system.expert_bits
     model = served.model if bits is None else served.model.with_precision(expert_bits=bits)
-    costs = costs_of(ground.machine, graph=system.graph, repacked=system.repacked)
+    costs = costs_of(ground.machine, graph=system.graph, repacked=system.repacked, native=system.native)
     table = CostTable(model, ground.machine, costs, not system.all_resident, system.kernel)
     least = 2 if system.misses.rule == "precision" else 1  # one copy of each precision is the least it works with
     slots = min(max(slots, least), model.experts)

@@ -3,118 +3,52 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from moesim import __version__
-from moesim.efficiencies import read_table
+from moesim import __version__, hardware
 from moesim.errors import MoesimError
-from moesim.machine import catalogue
-from moesim.profile import Profile, read_profile_meta, shipped
-from moesim.profile_compare import changed, conditions_here
-from moesim.units import GIB, MIB, format_size
+from moesim.machine import THIS
+from moesim.profile import shipped
+from moesim.profile_compare import conditions_here, profiles_in
+from moesim.this_machine import this_machine
+from moesim.units import GIB, format_size
 
-QUERY = "name,memory.total,memory.free,driver_version,pcie.link.gen.max,pcie.link.width.max"
 SHIPPED_TRACE = Path("traces/tiny-moe-8x16.parquet")
-MAX_PROFILES = 50
-# Words of a card's name that do not tell one of the catalogue from another.
-_SAME = re.compile(r"nvidia|geforce|tesla|graphics|blackwell|server|workstation|edition|hbm\w*|pcie|sxm\d*|\d+gb")
 
 
 def examine(directory: Path) -> dict[str, Any]:
-    """Everything found: software, cpu, memory, gpus, drive, profiles in and below `directory`, `can` and `next`."""
+    """Everything found: software, cpu, memory, gpus, drive, profiles in and below `directory`, what `--machine this`
+    is, `can` and `next`."""
+    gpus = hardware.gpus()
+    free = shutil.disk_usage(directory).free
     found: dict[str, Any] = {
         "moesim": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
-        "cpu": _cpu(),
-        "memory": _memory(),
-        "gpus": _gpus(),
-        "drive": {"path": str(directory.resolve()), "free_bytes": shutil.disk_usage(directory).free},
+        "cpu": hardware.cpu(),
+        "memory": hardware.memory(),
+        "gpus": gpus,
+        "drive": {"path": str(directory.resolve()), "free_bytes": free, "name": hardware.drive(str(directory))},
         "extras": _extras(),
-        "profiles": _profiles(directory),
+        "profiles": profiles_in(directory, conditions_here(gpus)),
         "shipped_profiles": shipped(),
+        "this": _this(directory),
     }
     found["can"] = _can(found)
     return found | {"next": _next(found, directory)}
 
 
-def _cpu() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None
-    return {"name": conditions_here()["cpu"], "cores": os.cpu_count(), "usable_cores": usable, "numa_nodes": nodes}
-
-
-def _memory() -> dict[str, Any]:
-    """Bytes in all, free for programs, and what a container allows; None where the system does not say."""
-    kilobytes = dict(re.findall(r"(\w+):\s+(\d+) kB", _read(Path("/proc/meminfo"))))
-    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
-    return {
-        "total_bytes": int(kilobytes["MemTotal"]) * 1024 if "MemTotal" in kilobytes else None,
-        "available_bytes": int(kilobytes["MemAvailable"]) * 1024 if "MemAvailable" in kilobytes else None,
-        "limit_bytes": int(limit) if limit.isdigit() else None,
-    }
-
-
-def _read(path: Path) -> str:
+def _this(directory: Path) -> dict[str, str | None]:
+    """The machine that `--machine this` stands for in `directory`, or why there is none."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _gpus() -> list[dict[str, Any]]:
-    """NVIDIA's cards as the driver lists them; other makers' are not looked for."""
-    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(answer)
-
-
-def parse_gpus(answer: str) -> list[dict[str, Any]]:
-    """The lines nvidia-smi prints for QUERY, each with the catalogue's machine it is, if it is there."""
-    gpus = []
-    for line in answer.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != len(QUERY.split(",")):
-            continue
-        numbers = [int(cell) if cell.isdigit() else None for cell in cells]
-        memory = numbers[1] and numbers[1] * MIB
-        gpus.append(
-            {
-                "name": cells[0],
-                "memory_bytes": memory,
-                "free_bytes": numbers[2] and numbers[2] * MIB,
-                "driver": cells[3],
-                "pcie": f"gen{cells[4]} x{cells[5]}" if numbers[4] and numbers[5] else None,
-                "machine": machine_named(cells[0], memory),
-            }
-        )
-    return gpus
-
-
-def machine_named(gpu: str, memory: int | None) -> str | None:
-    """The machine of the catalogue with this card: every word of its name fits, no other is left, nor is memory."""
-    words = re.findall(r"[a-z0-9]+", gpu.lower())
-    best: tuple[int, str] | None = None
-    for row in read_table("machines"):
-        for name in (row["name"], *row["aliases"].split()):
-            parts = name.split("-")
-            fits = all(part in words or (part == "sxm" and any(w.startswith("sxm") for w in words)) for part in parts)
-            left = [word for word in words if word not in parts and not _SAME.fullmatch(word)]
-            if fits and not left and (best is None or len(name) > best[0]):
-                best = len(name), row["name"]
-    if best is None:
-        return None
-    known = catalogue()[best[1]].gpu.memory_bytes
-    return best[1] if memory is None or 0.85 < memory / known < 1.1 else None
+        machine = this_machine(directory=directory)
+    except MoesimError as error:
+        return {"machine": None, "summary": None, "error": str(error)}
+    return {"machine": machine.name, "summary": machine.summary, "error": None}
 
 
 def _extras() -> dict[str, dict[str, str | None]]:
@@ -136,24 +70,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _profiles(directory: Path) -> list[dict[str, Any]]:
-    """Profiles in `directory` and one level below it, and whether this is still the machine they were measured on."""
-    paths = sorted([*directory.glob("meta.yaml"), *directory.glob("*/meta.yaml")])[:MAX_PROFILES]
-    found = []
-    for path in paths:
-        row: dict[str, Any] = {"path": str(path.parent)}
-        try:
-            meta = read_profile_meta(path.parent)
-        except MoesimError as error:
-            found.append(row | {"error": str(error)})
-            continue
-        changes = changed(Profile(str(meta["name"]), meta))
-        measured = meta["provenance"] == "measured"
-        row |= {"name": str(meta["name"]), "machine": meta["machine"], "provenance": meta["provenance"]}
-        found.append(row | {"date": str(meta["date"]), "fresh": measured and not changes, "changes": changes})
-    return found
 
 
 def _can(found: dict[str, Any]) -> dict[str, str]:
@@ -180,13 +96,12 @@ def _next(found: dict[str, Any], directory: Path) -> str:
     """The one command that brings most now."""
     device = "cuda:0" if found["gpus"] else "cpu"
     trace = str(SHIPPED_TRACE) if (directory / SHIPPED_TRACE).is_file() else "TRACE.parquet"
-    fresh = [p["path"] for p in found["profiles"] if p.get("fresh") and p["machine"]]
-    if fresh:
-        return f"moesim replay {trace} --policy LRU --slots-per-layer 8 --machine {fresh[0]}"
+    if found["this"]["machine"] and any(p.get("fresh") for p in found["profiles"]):
+        return f"moesim plan --model qwen3-30b-a3b --machine {THIS}"
     if found["gpus"]:
         if found["can"][f"calibrate --device {device}"] != "yes":
             return "pip install --force-reinstall torch" if _version("torch") else "pip install 'moesim[gpu]'"
-        return f"moesim calibrate --device {device} --budget 5m -o my-machine"
+        return f"moesim calibrate --device {device} --budget 5m -o my-box"
     if trace != "TRACE.parquet":
         return f"moesim replay {trace} --policy LRU --slots-per-layer 8 --machine rtx-4090"
     return "moesim trace synth --model Qwen3-30B-A3B --requests 8 -o TRACE.parquet"
@@ -202,7 +117,8 @@ def format_doctor(found: dict[str, Any]) -> str:
         f"CPU          {cpu['name']}, {cpu['usable_cores']} of {cpu['cores']} cores usable{nodes}",
         f"memory       {_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} available"
         + (f", this container may use {format_size(limit)}" if limit else ""),
-        f"drive        {format_size(found['drive']['free_bytes'])} free in {found['drive']['path']}",
+        f"drive        {format_size(found['drive']['free_bytes'])} free in {found['drive']['path']}"
+        + (f", {found['drive']['name']}" if found["drive"]["name"] else ""),
         *(_gpu_line(gpu) for gpu in found["gpus"]),
     ]
     if not found["gpus"]:
@@ -215,6 +131,8 @@ def format_doctor(found: dict[str, Any]) -> str:
     lines += [_profile_line(row) for row in found["profiles"]]
     if not found["profiles"]:
         lines.append(f"profiles     none here; shipped: {', '.join(found['shipped_profiles'])}")
+    this = found["this"]
+    lines.append(f"{THIS:13}{this['error'] or this['summary']}")
     lines += ["", *(f"{what:32}{answer}" for what, answer in found["can"].items()), "", f"next: {found['next']}"]
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ class Efficiencies:
     launch_us: float
     route_us: float
     step_us: float
+    step_native_us: float
     sample_us: float
     handoff_us: float
     dram_desktop: float
@@ -53,6 +54,8 @@ class Efficiencies:
     exchange: float
     exchange_host: float
     exchange_us: float
+    network: float
+    network_us: float
 
 
 RESOURCES = {  # whose terms err together
@@ -60,12 +63,15 @@ RESOURCES = {  # whose terms err together
         "hbm", "hbm_grouped", "hbm_attention", "mfu", "mfu_grouped", "mfu_attention", "kernel_us", "grouped_us",
         "attention_us", "layer_us",
     ),
-    "engine": ("eager_us", "launch_us", "route_us", "step_us", "sample_us", "handoff_us"),
+    "engine": ("eager_us", "launch_us", "route_us", "step_us", "step_native_us", "sample_us", "handoff_us"),
     "host": (
         "dram_desktop", "dram_workstation", "dram_server", "core_gweights", "core_plain", "core_gflops",
         "core_server", "numa_duplicated", "numa_split", "numa_cores",
     ),
-    "links": ("link", "copy_us", "duplex", "pageable", "nvme", "nvme_us", "exchange", "exchange_host", "exchange_us"),
+    "links": (
+        "link", "copy_us", "duplex", "pageable", "nvme", "nvme_us", "exchange", "exchange_host", "exchange_us",
+        "network", "network_us",
+    ),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from moesim.prices import NO_PRICES, Prices, shipped_prices
 from moesim.units import GIB, format_size
 
 PROVENANCE = "specification-sheet"
+THIS = "this"  # the machine moesim runs on
 MAX_GPUS = 1024
 _SEVERAL = re.compile(r"(\d+)x(?=[a-zA-Z])(.+)")
 PLATFORMS = ("desktop", "workstation", "server")  # how far a CPU's expert kernels get with its DRAM
@@ -80,6 +81,8 @@ class Nvme:
 class Machine:
     """`unified`: CPU and GPU share one memory and its bandwidth, there is no PCIe hop and `pcie` is not used.
 
+    hosts: which the GPUs are spread over evenly; network_gbps: what each GPU reaches other hosts with, one direction.
+    cpu_only: there is no GPU, the cores stand where it would be.
     assumed: what no source states; efficiencies: terms measured on this machine, which then have no band; profile: name
     or directory of the profile its costs come from, "" for the specification sheet; measured_on: the machine as it was
     when that was measured, where a part has been made faster since; others: whose GPUs stand beside the first, where
@@ -92,7 +95,10 @@ class Machine:
     pcie: Link
     nvme: Nvme | None = None
     gpus: int = 1
+    hosts: int = 1
+    network_gbps: float | None = None
     unified: bool = False
+    cpu_only: bool = False
     provenance: str = PROVENANCE
     efficiencies: tuple[tuple[str, float], ...] = ()
     prices: Prices = NO_PRICES
@@ -118,12 +124,23 @@ class Machine:
         return [self] * (self.gpus - len(self.others)) + list(self.others)
 
     @property
+    def notes(self) -> list[str]:
+        """What a result must say of it: nothing of a machine of the catalogue, all of one that was put together."""
+        if self.provenance == PROVENANCE:
+            return []
+        return [f"{self.name}: {self.source}", *([f"{self.name}, assumed: {self.assumed}"] if self.assumed else [])]
+
+    @property
     def summary(self) -> str:
         """One line: `1 x rtx-4090, 24 GiB at 1008 GB/s; host 128 GiB at 77 GB/s; PCIe 25.5 GB/s`."""
         gpu, host = self.gpu, self.host
         text = f"{self.gpus - len(self.others)} x {gpu.name}, {format_size(gpu.memory_bytes)} at {gpu.hbm_gbps:g} GB/s"
+        if self.hosts > 1:
+            text += f", in {self.hosts} hosts joined at {self.network_gbps:g} GB/s per GPU"
         for other in self.others:
             text += f" + {other.gpu.name}, {format_size(other.gpu.memory_bytes)} at {other.gpu.hbm_gbps:g} GB/s"
+        if self.cpu_only:
+            return f"{host.name}, {host.cores * host.sockets} cores without a GPU, {text.partition(', ')[2]}"
         if self.unified:
             return f"{text}, shared with {host.cores} CPU cores"
         host_text = f"host {format_size(host.memory_bytes)} at {host.dram_gbps:g} GB/s, {host.cores} cores"
@@ -133,11 +150,16 @@ class Machine:
 def load_machine(spec: str | Path) -> Machine:
     """A machine of the catalogue by name or alias, a YAML or JSON file that changes one, or a profile's machine.
 
-    `8xh200` is the host of that machine with eight of its GPUs, `rtx-4090+rtx-3090` that of the first with one of each.
+    `8xh200` is the host of that machine with eight of its GPUs, `rtx-4090+rtx-3090` that of the first with one of each,
+    `this` the machine moesim runs on (this_machine.py).
 
     Raises MachineError for an unknown name, an unreadable file, or a value that cannot be.
     """
     text = str(spec)
+    if text == THIS:
+        from moesim.this_machine import this_machine
+
+        return this_machine()
     if "+" in text and not Path(text).exists():
         return _unlike([load_machine(one) for one in text.split("+")], text)
     if several := _SEVERAL.match(text):

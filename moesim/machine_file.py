@@ -11,7 +11,7 @@ from typing import Any
 
 from moesim.efficiencies import Efficiencies, check_term
 from moesim.errors import MachineError, MoesimError, nearest
-from moesim.machine import PLATFORMS, Machine, Nvme, load_machine
+from moesim.machine import PLATFORMS, THIS, Machine, Nvme, load_machine
 from moesim.prices import Prices
 from moesim.units import format_size, parse_size
 
@@ -30,14 +30,23 @@ def read_machine(path: Path) -> Machine:
     if Path(base).suffix:
         raise MachineError(f"{path}: from: '{base}' must be a name of the catalogue, not a file")
     try:
-        return replace(changed(base, {"name": path.stem} | settings), source=f"{path.name}, from {base}")
+        machine = changed(base, {"name": path.stem} | settings)
+        return replace(machine, source=f"{path.name}, from {machine.source if base == THIS else base}")
     except MachineError as error:
         raise MachineError(f"{path}: {error}") from error
 
 
 def changed(base: str, settings: dict[str, Any]) -> Machine:
-    """A machine of the catalogue with fields changed, by dotted key; it has no profile unless that is one of them."""
-    machine = replace(load_machine(base), profile="")
+    """A machine of the catalogue with fields changed, by dotted key; it has no profile unless that is one of them.
+
+    The machine moesim runs on keeps its own, and need not know what `settings` says.
+    """
+    if base == THIS:
+        from moesim.this_machine import this_machine
+
+        machine = this_machine(settings)
+    else:
+        machine = replace(load_machine(base), profile="")
     if "prices.usd_per_hour" in settings:  # one's own price is not that of the catalogue's source
         machine = replace(machine, prices=Prices(source="machine file"))
     for key, value in settings.items():
@@ -104,6 +113,15 @@ def _set(machine: Machine, key: str, value: Any) -> Machine:
 def _consistent(machine: Machine, settings: dict[str, Any]) -> Machine:
     """Check what depends on two fields; a unified machine's host follows its GPU."""
     gpu, host, pcie = machine.gpu, machine.host, machine.pcie
+    if machine.gpus % machine.hosts:
+        raise MachineError(
+            f"hosts: {machine.hosts} hosts cannot share {machine.gpus} GPUs evenly; set gpus to a multiple"
+        )
+    if machine.hosts > 1 and machine.network_gbps is None:
+        raise MachineError(
+            "network_gbps: missing; say what each GPU reaches other hosts with, in GB/s and one direction (400 Gb/s "
+            "are 50)"
+        )
     if machine.unified:
         for key in settings:
             if key.startswith("pcie.") or key in ("host.memory", "host.dram_gbps"):
@@ -178,6 +196,8 @@ def _platform(value: Any) -> str:
 KEYS: dict[str, Callable[[Any], Any]] = {
     "name": _name,
     "gpus": _count,
+    "hosts": _count,
+    "network_gbps": _positive,
     "gpu.name": _name,
     "gpu.memory": _size,
     "gpu.hbm_gbps": _positive,

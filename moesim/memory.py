@@ -83,10 +83,12 @@ def plan_memory(
     cache: bool = True,
     scratch_experts: int = 0,
     experts_held: int | None = None,
+    native: bool = False,
 ) -> Ledger:
     """Where every byte goes when one device of `machine` serves `model`.
 
     experts_held: with all experts resident on several GPUs, how many of each layer this one holds; None: all.
+    native: the engine is a compiled program that allocates once, so nothing is held back for fragmentation.
 
     The expert cache gets `expert_memory` bytes, or `slots_per_layer` slots, or all that is left after `max_sequences`
     KV caches of `max_context` tokens. A plan that cannot fit has verdict OOM. Raises MemoryBudgetError where the
@@ -100,6 +102,8 @@ def plan_memory(
     )  # fmt: skip
     kv = max_sequences * model.kv_bytes(-(-max_context // KV_BLOCK) * KV_BLOCK)
     gpu = _gpu_entries(model, machine, max_sequences, max_batch_tokens, scratch_experts)
+    if native:
+        gpu["fragmentation reserve"] = 0
     left = machine.gpu.memory_bytes - sum(gpu.values()) - kv
     gpu["KV cache"] = kv
     if all_resident:
@@ -170,7 +174,7 @@ def _gpu_entries(
     """What the GPU holds beside KV caches and experts; a unified machine's memory also holds the operating system."""
     entries = {
         "weights but experts": model.other_bytes,
-        "CUDA context": CUDA_CONTEXT,
+        "CUDA context": 0 if machine.cpu_only else CUDA_CONTEXT,
         "activations": activation_bytes(model, batch_tokens, sequences),
         "staging": scratch_experts * largest_expert(model),
         "fragmentation reserve": int(FRAGMENTATION * machine.gpu.memory_bytes),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moesim import hardware
+from moesim.errors import MoesimError
+from moesim.profile import Profile, read_profile_meta
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moesim.costs.fit import Curve
-    from moesim.profile import Profile
 
+MAX_PROFILES = 50
 _SAMPLES = 400
 
 
@@ -64,11 +67,11 @@ def _ratios(first: Curve, second: Curve) -> list[float]:
     return ratios
 
 
-def changed(profile: Profile) -> list[str]:
-    """One line per condition that is not what it was; nothing for imported profiles."""
+def changed(profile: Profile, now: dict[str, str | None] | None = None) -> list[str]:
+    """One line per condition that is not what it was, `now` or here; nothing for imported profiles."""
     if profile.meta["provenance"] == "imported":
         return []
-    now = conditions_here()
+    now = conditions_here() if now is None else now
     return [
         f"{name}: measured with {profile.meta[name]}, now {here}; measure again with `moesim calibrate`"
         for name, here in now.items()
@@ -81,31 +84,30 @@ def _plain(version: Any) -> str:
     return str(version).partition("+")[0]
 
 
-def conditions_here() -> dict[str, str | None]:
-    """Driver, CUDA's torch and CPU of this machine, without loading torch."""
+def conditions_here(gpus: Sequence[dict[str, Any]] | None = None) -> dict[str, str | None]:
+    """First GPU, driver, torch and CPU of this machine, without loading torch. gpus: where they are known already."""
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         torch = None
-    gpu, driver = _gpu()
-    return {"gpu": gpu, "driver": driver, "torch": torch, "cpu": _cpu()}
+    first = next(iter(hardware.gpus() if gpus is None else gpus), {"name": None, "driver": None})
+    return {"gpu": first["name"], "driver": first["driver"], "torch": torch, "cpu": hardware.cpu_name()}
 
 
-def _gpu() -> tuple[str | None, str | None]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-        return str(name), str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:
-        return None, None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def profiles_in(directory: Path, now: dict[str, str | None]) -> list[dict[str, Any]]:
+    """Profiles in `directory` and one level below it, and whether the machine is still what it was, being as `now`."""
+    paths = sorted([*directory.glob("meta.yaml"), *directory.glob("*/meta.yaml")])[:MAX_PROFILES]
+    found = []
+    for path in paths:
+        row: dict[str, Any] = {"path": str(path.parent)}
+        try:
+            meta = read_profile_meta(path.parent)
+        except MoesimError as error:
+            found.append(row | {"error": str(error)})
+            continue
+        changes = changed(Profile(str(meta["name"]), meta), now)
+        measured = meta["provenance"] == "measured"
+        row |= {"name": str(meta["name"]), "machine": meta["machine"], "provenance": meta["provenance"]}
+        row |= {"gpu": meta["gpu"], "date": str(meta["date"])}
+        found.append(row | {"fresh": measured and not changes, "changes": changes})
+    return found

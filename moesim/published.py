@@ -156,16 +156,19 @@ def _whole(row: dict[str, str], name: str, least: int) -> int:
 
 
 def _model(name: str, changes: dict[str, str]) -> Model:
-    """expert_bits, weight_bits and kv_bits as stored, scales included; top_k where fewer experts were activated."""
+    """expert_bits, weight_bits, embedding_bits (head and routers too) and kv_bits as stored, scales included; top_k
+    where fewer experts were activated."""
     model = load_model(name)
     top_k = int(changes.pop("top_k", model.top_k))
-    known = ("expert_bits", "weight_bits", "kv_bits")
+    known = ("expert_bits", "weight_bits", "embedding_bits", "kv_bits")
     for key in changes:
         if key not in known:
             raise ValueError(f"model: unknown change '{key}'{nearest(key, (*known, 'top_k'))}")
     if not 1 <= top_k <= model.experts:
         raise ValueError(f"top_k {top_k}: {model.name} has {model.experts} experts")
-    return replace(model.with_precision(**{key: float(bits) for key, bits in changes.items()}), top_k=top_k)
+    bits = {key: float(value) for key, value in changes.items()}
+    embedding_bits = bits.pop("embedding_bits", model.embedding_bits)
+    return replace(model.with_precision(**bits), top_k=top_k, embedding_bits=embedding_bits)
 
 
 def _machine(name: str, changes: dict[str, str]) -> Machine:

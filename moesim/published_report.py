@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesim.files import write_text
 from moesim.output import to_json
 from moesim.published import SPLITS
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 WORST = 10
 _HEADER = ("metric", "group", "cases", "median", "mean", "bias", "P95", "tau", "regret", "in P10-P90")
@@ -140,13 +143,21 @@ def save(result: dict[str, Any], directory: Path) -> None:
         import plotly  # noqa: F401
     except ImportError:
         return
-    from moesim.plots import predicted_against_measured, write_page
+    from moesim.plots import write_page
 
-    figures = []
+    drawn = figures(result).values()
+    write_page(directory / "published.html", "Published measurements", result["status"], drawn, text(result))
+
+
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Predicted against measured, by metric; groups of cases apart."""
+    from moesim.plots import predicted_against_measured
+
+    drawn = {}
     for metric in result["summary"]:
         points: dict[str, list[tuple[float, float, str]]] = {}
         for row in result["cases"]:
             if "error" in row and row["metric"] == metric:
                 points.setdefault(row["group"], []).append((row["measured"], row["predicted"], row["id"]))
-        figures.append(predicted_against_measured(metric, points, result["tolerances"][metric]))
-    write_page(directory / "published.html", "Published measurements", result["status"], figures, text(result))
+        drawn[metric] = predicted_against_measured(metric, points, result["tolerances"][metric])
+    return drawn

@@ -21,8 +21,8 @@ from moesim.engine.serve import Limits
 from moesim.engine.simulate import Outcome, Setting, ceiling, choose_engine, simulate
 from moesim.errors import MemoryBudgetError, MoesimError, PolicyError, WorkloadError, nearest
 from moesim.files import atomic, write_text
-from moesim.machine import Machine, load_machine
-from moesim.memory import Ledger, largest_expert, plan_memory
+from moesim.machine import THIS, Machine, load_machine
+from moesim.memory import KV_BLOCK, Ledger, largest_expert, plan_memory
 from moesim.model import Model, load_model
 from moesim.output import progress, to_json
 from moesim.policies.own import is_own
@@ -71,6 +71,8 @@ class Question:
     engine: str = "auto"  # events | compiled
 
     def __post_init__(self) -> None:
+        if isinstance(self.machine, str) and THIS in self.machine.split("+"):  # answers name what it is, wherever read
+            object.__setattr__(self, "machine", load_machine(self.machine))
         least_of = {"max_concurrency": 1, "max_num_seqs": 1, "max_batch_tokens": 1, "chunk": 0, "seed": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -88,6 +90,11 @@ class Question:
                 raise WorkloadError(f"--goodput {name}: unknown metric{nearest(name, metrics.GOODPUT)}")
             if not 0 < ms < math.inf:
                 raise WorkloadError(f"--goodput {name}:{ms:g} must be a number of ms above 0")
+
+    @property
+    def fixes_experts(self) -> bool:
+        """Whether it says what of the memory cached experts get; else they share it with the KV caches."""
+        return self.expert_memory is not None or self.slots_per_layer is not None
 
 
 def parse_slo(text: str) -> tuple[str, float]:
@@ -168,7 +175,7 @@ class Scene:
         check_matches(trace, self.model)
         given = question.machine
         self.machine: Machine = given if isinstance(given, Machine) else load_machine(given)
-        self._costs: dict[tuple[str, bool, bool], Roofline] = {}
+        self._costs: dict[tuple[str, bool, bool, bool], Roofline] = {}
         self.workload = _workload(trace, question)
         self._shared_rows = bool(question.workload)
         timed = question.request_rate is not None or any(r.arrival_ns for r in self.workload.requests)
@@ -184,6 +191,10 @@ class Scene:
             raise WorkloadError(
                 f"--disaggregate {prompts}:{outputs} divides {prompts + outputs} GPUs that are alike, but "
                 f"{machine.name} has {machine.gpus}{' that are not' if machine.others else ''}"
+            )
+        if machine.hosts > 1:
+            raise WorkloadError(
+                f"--disaggregate: {machine.name} has {machine.hosts} hosts; KV caches go over NVLink only"
             )
         if self.concurrency < len(requests):
             raise WorkloadError(
@@ -247,17 +258,38 @@ class Scene:
     def ledger(self, system: System) -> Ledger:
         """Where every byte of GPU, host and drive goes under `system`.
 
-        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, for
-        as many as do, since the engine admits requests by KV memory. Of two pools it is the tighter one's.
+        The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, or
+        less than was set aside for them, for as many as do, since the engine admits requests by KV memory. Of two pools it is the
+        tighter one's.
         """
         if self.question.disaggregate:
             return min((pool.ledger(system) for pool in self.pools(system)), key=lambda ledger: ledger.gpu["free"])
         sequences = self._together(system)
-        ledger = self._ledger(system, sequences)
-        while ledger.verdict in ("OOM", "CACHE_DISABLED") and sequences > 1:
+        while sequences > 1:
+            try:
+                ledger = self._ledger(system, sequences)
+            except MemoryBudgetError:  # said where not even one sequence has room
+                pass
+            else:
+                if ledger.verdict not in ("OOM", "CACHE_DISABLED"):
+                    return ledger
             sequences = -(-sequences // 2)
-            ledger = self._ledger(system, sequences)
-        return ledger
+        return self._ledger(system, 1)
+
+    def at_once(self, system: System) -> int:
+        """Requests that one GPU, or all that share their KV caches, serve at once: those whose caches fit, or one."""
+        longest = max(r.prompt_tokens + len(r.decode) for r in self.workload.requests)
+        room = self._kv_bytes(system, self.ledger(system)) // self.model.kv_bytes(-(-longest // KV_BLOCK) * KV_BLOCK)
+        return max(min(self._together(system), room), 1)
+
+    def beside(self, system: System, share: float) -> Ledger | None:
+        """With all that is left for cached experts beside the KV caches of a share of the sequences that may be in
+        service; None where no experts are cached."""
+        if system.all_resident or not system.cache:
+            return None
+        alone = copy.copy(self)
+        alone.question = replace(self.question, expert_memory=None, slots_per_layer=None)
+        return alone._ledger(system, max(math.ceil(share * self._together(system)), 1))
 
     def wanted(self, system: System) -> Ledger:
         """With the KV caches of all sequences that may be in service, whether they fit or not."""
@@ -319,15 +351,18 @@ class Scene:
             cache=system.cache,
             scratch_experts=scratch,
             experts_held=held,
+            native=system.native,
         )
 
     def _served(self, system: System) -> Model:
         bits = system.expert_bits
         return self.model if bits is None else self.model.with_precision(expert_bits=bits)
 
-    def costs(self, scale: str = "default", graph: bool = True, repacked: bool = True) -> Roofline:
+    def costs(
+        self, scale: str = "default", graph: bool = True, repacked: bool = True, native: bool = False
+    ) -> Roofline:
         """What the machine's primitives cost; a profile is read once."""
-        key = scale, graph, repacked
+        key = scale, graph, repacked, native
         if key not in self._costs:
             self._costs[key] = costs_of(self.machine, *key)
         return self._costs[key]
@@ -338,7 +373,7 @@ class Scene:
 
     def setting(self, system: System, ledger: Ledger, scale: str = "default") -> Setting:
         """What the engine needs; `scale` low or high takes every cost at one end of its band."""
-        costs = self.costs(scale, system.graph, system.repacked)
+        costs = self.costs(scale, system.graph, system.repacked, system.native)
         pinned = system.placement.pinned and ledger.expert_bytes >= self._served(system).total_expert_bytes
         held = system.all_resident or pinned  # nothing is ever absent
         changing = system.cache and not system.placement.pinned
@@ -350,8 +385,7 @@ class Scene:
         table = CostTable(self._served(system), self.machine, costs, offloaded, system.kernel)
         q = self.question
         apart = self._apart(system)
-        own = q.expert_memory is not None or q.slots_per_layer is not None
-        shared = 0 if own or system.all_resident or not system.cache else ledger.shared_bytes
+        shared = 0 if q.fixes_experts or system.all_resident or not system.cache else ledger.shared_bytes
         if shared and q.prefix_cache:
             raise PolicyError(
                 f"--prefix-cache: {system.name} divides GPU memory between experts and KV caches as it goes, so "
@@ -387,8 +421,9 @@ class Scene:
         return self.machine.gpus if system.parallel.attention == "data" else 1
 
     def _kv_bytes(self, system: System, ledger: Ledger) -> int:
-        """For KV caches of one GPU."""
-        free = ledger.gpu["free"] if system.all_resident else 0
+        """For KV caches of one GPU: what it reserved, and what is free where experts take a fixed part."""
+        fixed = system.cache and self.question.fixes_experts
+        free = ledger.gpu["free"] if system.all_resident or fixed else 0
         return ledger.kv_bytes + max(free, 0)
 
 
@@ -445,12 +480,18 @@ def run(
 
 
 def estimate(trace: Trace, policy: str | System, question: Question) -> dict[str, Any]:
-    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request."""
+    """What is known without simulating: whether it fits, where every byte goes, and the ceiling of one request.
+
+    at_once: requests whose KV caches have room; most_slots: of cached experts per layer, beside one request's KV cache.
+    """
     system = compose(policy)
     scene = Scene(trace, replace(question, num_prompts=question.num_prompts or len(trace.requests))).under(system)
     ledger = scene.ledger(system)
     found: dict[str, Any] = {"status": ledger.verdict, "status_reason": ledger.reason, "memory": ledger.to_dict()}
     if _runs(system, ledger):
+        if (most := scene.beside(system, 0.0)) is not None:
+            found["at_once"] = scene.at_once(system)
+            found["most_slots"] = most.slots_per_layer
         scene.workload = first(scene.workload, 1)
         top = metrics.throughput_metrics(ceiling(scene.setting(system, ledger)))["output_throughput"]
         found["ceiling"] = {"output_throughput": top, "basis": "one request, " + CEILING_BASIS}
@@ -691,7 +732,7 @@ def _inputs(scene: Scene, system: System) -> dict[str, Any]:
 
 def _notes(scene: Scene, system: System) -> list[str]:
     """What a reader must know before believing a number."""
-    notes = [*system.notes, *(scene.transformed.notes if scene.transformed else ())]
+    notes = [*scene.machine.notes, *system.notes, *(scene.transformed.notes if scene.transformed else ())]
     if tell := getattr(system.predictor, "notes", None):
         notes += tell(scene.trace)
     _, assumed = _beyond(scene)
@@ -742,7 +783,7 @@ def _anchors(
     found: dict[str, Any] = {}
     with progress("anchors and error bar", len(ANCHORS) + 3, shown) as advance:
         for name, policy in ANCHORS.items():
-            found[name] = anchor(sample, policy)
+            found[name] = anchor(sample, policy, system.native)
             advance()
         band = {}
         for scale in ("low", "high"):
@@ -802,10 +843,13 @@ def on_sample(
     return found
 
 
-def anchor(scene: Scene, name: str) -> dict[str, Any]:
-    """What the system `name` makes of the scene as it comes; all experts resident also where they do not fit."""
+def anchor(scene: Scene, name: str, native: bool = False) -> dict[str, Any]:
+    """What the system `name` makes of the scene as it comes; all experts resident also where they do not fit.
+
+    native: in an engine that is a compiled program, as that of the system it is an anchor for.
+    """
     scene = scene.untransformed().unrolled()
-    system = load_system(name)
+    system = replace(load_system(name), native=native)
     try:
         ledger = scene.ledger(system)
         fits = ledger.verdict != "OOM"

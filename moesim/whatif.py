@@ -252,7 +252,7 @@ def _machine(question: Question) -> Machine:
 
 
 def _notes(trace: Trace, machine: Machine, question: Question, system: System) -> list[str]:
-    notes = [*system.notes]
+    notes = [*machine.notes, *system.notes]
     if trace.info.provenance != "real":
         notes.append("synthetic routing: the trace was drawn, not recorded")
     if machine.profile:

@@ -12,12 +12,14 @@ import sys
 import time
 import zipfile
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesim.dashboard.jobs import start
+from moesim.dashboard import jobs
+from moesim.dashboard.jobs import stamps, start
 from moesim.dashboard.state import EXAMPLES, MAX_BYTES, Asked, Files, from_query, to_query, words
 from moesim.errors import MoesimError
 from moesim.machine import load_machine
@@ -34,7 +36,7 @@ asked = st.builds(
     st.sampled_from(["LRU", "LRU(scope='global')"]), st.sampled_from(["", "misses.rule=host; predictor=none"]),
     counts, counts, st.none() | st.floats(0.01, 900), counts,
     st.integers(1, 999), st.integers(2, 999), st.none() | st.floats(0.01, 9e4), st.none() | st.floats(0.01, 9e4),
-    st.integers(0, 99),
+    st.sampled_from(["", "rtx-4090=0.5; l4=1"]), st.integers(0, 99),
 )  # fmt: skip
 
 
@@ -44,8 +46,10 @@ def test_an_address_brings_back_what_was_asked(one):
 
 
 def test_a_bad_address_is_noted_and_the_default_taken():
-    found, notes = from_query({"slots": "many", "rate": "-1", "seed": "3", "other": "x", "ttft": "nan"})
-    assert found == Asked(seed=3) and len(notes) == 3 and "slots=many" in notes[0]
+    found, notes = from_query(
+        {"slots": "many", "rate": "-1", "seed": "3", "other": "x", "ttft": "nan", "prices": "l4=free"}
+    )
+    assert found == Asked(seed=3) and len(notes) == 4 and "slots=many" in notes[0]
 
 
 def test_every_control_reaches_the_command(tmp_path):
@@ -53,7 +57,8 @@ def test_every_control_reaches_the_command(tmp_path):
     default = words(Asked(), files)
     changed = {"model": "mixtral-8x7b", "machine": "h200", "policy": "LFU", "set": "misses.rule=host", "slots": 3,
                "users": 4, "rate": 2.5,
-               "prompts": 7, "input": 9, "output": 8, "ttft": 100.0, "tpot": 10.0, "seed": 5}  # fmt: skip
+               "prompts": 7, "input": 9, "output": 8, "ttft": 100.0, "tpot": 10.0,
+               "prices": "l4=1", "seed": 5}  # fmt: skip
     assert {"trace", *changed} == {f.name for f in fields(Asked)}
     for name, value in changed.items():
         assert words(Asked(**{name: value}), files) != default, name
@@ -228,11 +233,11 @@ def test_the_lab_compares_systems_as_the_command_line_does(page):
 def test_capacity_and_plan_show_what_the_command_line_says(page):
     app = page(QUICK | {"ttft": "50", "model": "tiny-moe-8x16", "input": "8", "output": "4"}, "capacity")
     app = press(app, "Run")
-    jobs = {name: job.answer for name, job in app.session_state["jobs"].items()}
-    assert app.metric[0].value == f"{jobs['capacity']['rate']:.4g}"
-    best = jobs["plan"]["best"]
+    answers = {name: job.answer for name, job in app.session_state["jobs"].items()}
+    assert app.metric[0].value == f"{answers['capacity']['rate']:.4g}"
+    best = answers["plan"]["best"]
     assert f"{best['output_throughput']:.4g} tok/s" in app.success[0].value
-    assert len(app.dataframe[0].value) == len(jobs["plan"]["candidates"])
+    assert len(app.dataframe[0].value) == len(answers["plan"]["candidates"])
     assert page({}, "capacity").caption[0].value.startswith("Set a TTFT")
 
 
@@ -241,6 +246,69 @@ def test_the_timeline_shows_the_run_and_the_profiles(page):
     busy = app.session_state["jobs"]["replay"].answer["bottleneck"]["utilisation"]
     assert list(app.dataframe[0].value["resource"]) == list(busy)
     assert len(app.dataframe[1].value) >= 3
+
+
+def test_the_divider_moves_memory_to_experts_as_slots_per_layer_does(page):
+    app = page({"model": "gpt-oss-20b", "prompts": "2", "input": "8", "output": "4", "users": "2"})
+    (divider,) = app.slider
+    fits = divider.value
+    assert divider.min == 1 and 1 < fits <= divider.max
+    assert f"{fits} slots per layer" in divider.label and "for 2 at once" in divider.label
+    divider.set_value(3).run()
+    app = settled(app)
+    assert next(n for n in app.number_input if n.label == "Expert slots").value == 3
+    assert app.session_state["jobs"]["replay"].answer["memory"]["slots_per_layer"] == 3
+    app = press(app, "As fits beside the KV caches of all requests")
+    assert app.slider[0].value == fits
+    assert not page({"model": "gpt-oss-20b", "policy": "all-resident", "prompts": "1", "output": "4"}).slider
+
+
+def test_prices_that_are_entered_are_those_of_the_plan(page):
+    app = page(QUICK | {"model": "tiny-moe-8x16", "input": "8", "output": "4"}, "capacity")
+    box = next(n for n in app.number_input if n.label == "$ per hour, rtx-4090")
+    assert box.value is None and box.placeholder == "not known"
+    box.set_value(0.5).run()
+    app = press(settled(app), "Run")
+    plan = app.session_state["jobs"]["plan"].answer
+    assert {row["usd_per_hour"] for row in plan["candidates"] if row["machine"] == "rtx-4090"} == {0.5}
+    assert app.session_state["asked"].prices == "rtx-4090=0.5"
+    (file,) = [word for word in app.session_state["jobs"]["plan"].words if word.endswith(".csv")]
+    assert "rtx-4090,0.5," in Path(file).read_text()
+
+
+def test_this_machine_is_a_choice_and_what_lacks_is_said(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no profile lies here
+    app = page(QUICK | {"machine": "this"})
+    assert any("machine 'this'" in error.value and "moesim calibrate" in error.value for error in app.error)
+
+
+def test_answers_about_this_machine_are_not_those_of_an_older_profile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["plan", "--machine", "this,l4"]
+    before = stamps(command)
+    (tmp_path / "my-box").mkdir()
+    (tmp_path / "my-box" / "meta.yaml").write_text("provenance: measured")
+    assert not before and len(stamps(command)) == 1 and not stamps(["plan", "--machine", "l4"])
+
+
+def test_predictions_beside_measurements_are_those_of_the_command_line(page, monkeypatch):
+    row = {"id": "a-01", "group": "a", "metric": "decode_tok_s", "measured": 10.0, "predicted": 11.0, "error": 0.1}
+    answer = {
+        "cases": [row], "summary": {"decode_tok_s": {}}, "tolerances": {"decode_tok_s": 0.3},
+        "regimes": {"PCIe-bound": {"cases": 1, "signed_bias": 0.1}},
+    }  # fmt: skip
+    began = jobs.subprocess.Popen
+
+    def instead(arguments, **options):
+        if "published" in arguments:  # minutes
+            (Path(arguments[3]) / "answer.json").write_text(json.dumps(answer))
+            arguments = [sys.executable, "-c", ""]
+        return began(arguments, **options)
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", instead)
+    app = press(page(QUICK, "timeline"), "Run")
+    assert app.selectbox(key="metric").options == ["decode_tok_s"]
+    assert list(app.dataframe[2].value["regime"]) == ["PCIe-bound"]
 
 
 def test_what_would_help_is_a_tornado_of_the_gains(page):
@@ -256,7 +324,7 @@ def test_lines_to_start_an_engine_are_on_the_first_page(page):
 
 def test_pinning_compares_with_what_is_chosen_next(page):
     app = page(QUICK)
-    next(b for b in app.button if b.label == "Pin as A").click().run()
+    next(b for b in app.button if b.label.startswith("Pin as A")).click().run()
     next(n for n in app.number_input if n.label == "Expert slots").set_value(4).run()
     app = settled(app)
     told = [m.value for m in app.markdown if "Against A" in m.value]

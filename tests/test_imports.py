@@ -14,9 +14,9 @@ PACKAGE = Path(moesim.__file__).parent
 # From the ground up, as in docs/design.md; a module may import from its own line and those above.
 ROOMS = [
     ["errors", "units", "files", "output"],
-    ["efficiencies", "architecture", "model_files", "model", "prices", "machine", "machine_file"],
+    ["efficiencies", "architecture", "model_files", "model", "prices", "machine", "machine_file", "hardware"],
     ["costs", "memory"],
-    ["profile", "profile_import", "profile_compare", "calibrate"],
+    ["profile", "profile_import", "profile_compare", "this_machine", "calibrate"],
     ["trace"],
     ["workload", "workload_files", "prediction"],
     ["policies"],

@@ -159,3 +159,17 @@ def test_info_writes_a_file(tmp_path: Path) -> None:
     target = tmp_path / "info.json"
     assert CliRunner().invoke(app, ["info", "t4", "--json", "-o", str(target)]).exit_code == 0
     assert json.loads(target.read_text())["name"] == "t4"
+
+
+def test_hosts_of_a_machine_file(tmp_path: Path) -> None:
+    path = tmp_path / "pair.yaml"
+    path.write_text("from: h200\ngpus: 16\nhosts: 2\nnetwork_gbps: 50\n")
+    machine = load_machine(path)
+    assert (machine.gpus, machine.hosts, machine.network_gbps) == (16, 2, 50.0)
+    assert "in 2 hosts joined at 50 GB/s per GPU" in machine.summary
+    path.write_text("from: h200\ngpus: 16\nhosts: 3\nnetwork_gbps: 50\n")
+    with pytest.raises(MachineError, match=r"3 hosts cannot share 16 GPUs evenly"):
+        load_machine(path)
+    path.write_text("from: h200\ngpus: 16\nhosts: 2\n")
+    with pytest.raises(MachineError, match=r"network_gbps: missing"):
+        load_machine(path)

@@ -15,6 +15,7 @@ from typing import Any
 import moesim
 from moesim.calibrate.clocks import Clocks
 from moesim.calibrate.device import Device
+from moesim.hardware import drive
 from moesim.units import GIB, MIB
 
 _SCHEMA = 1
@@ -67,18 +68,6 @@ def under_load(device: Device) -> dict[str, Any]:
         "power_limit_w": computing["power_limit_w"],
         "pcie": f"gen{copying['pcie_gen']} x{copying['pcie_width']}" if copying.get("pcie_gen") else None,
     }
-
-
-def drive(directory: str) -> str | None:
-    """The drive that holds a directory, as the kernel names it; None for memory and network file systems."""
-    device = os.stat(directory).st_dev
-    block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    if not block.exists():
-        return None
-    disk = block.resolve()
-    disk = disk.parent if (disk / "partition").exists() else disk
-    model = disk / "device" / "model"
-    return f"{disk.name} ({model.read_text().strip() if model.exists() else 'no model name: virtual'})"
 
 
 def _while_computing(device: Device, clocks: Clocks) -> dict[str, Any]:

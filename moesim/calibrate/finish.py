@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.calibrate.store import NAME, read_lines
-from moesim.errors import CalibrationError, MachineError
+from moesim.errors import CalibrationError
+from moesim.hardware import machine_named
 
 if TYPE_CHECKING:
     from moesim.costs.fit import Curve
@@ -51,7 +52,7 @@ def _meta(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     meta = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
-        "machine": _catalogued(conditions["gpu"]),
+        "machine": conditions["gpu"] and machine_named(conditions["gpu"], None),
         "provenance": "measured",
         **conditions,
         **{"clocks": None, "power_w": None, "pcie": None},
@@ -61,19 +62,6 @@ def _meta(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
         meta |= {key: value for key, value in session.items() if key != "cost_s"}
     contaminated = sum(line["row"].get("contaminated", 0) for line in lines if "row" in line)
     return meta | {"contaminated": contaminated, "cost_s": round(sum(session["cost_s"] for session in sessions), 1)}
-
-
-def _catalogued(gpu: str | None) -> str | None:
-    """The catalogue's name for what torch calls `NVIDIA H100 80GB HBM3`; None where it has none."""
-    from moesim.machine import load_machine
-
-    words = (gpu or "").removeprefix("NVIDIA ").split()
-    for count in range(len(words), 0, -1):
-        try:
-            return load_machine(" ".join(words[:count])).name
-        except MachineError:
-            continue
-    return None
 
 
 def _report(rows: list[dict[str, Any]], curves: list[Curve]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def capacity(
     goodput: Annotated[list[str], typer.Option("--goodput", help="An SLO in ms to keep, such as ttft:2000.")],
     policy: Annotated[str, typer.Option("--policy", "-p", help="System.")] = "LRU",
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model; default: what the trace says.")] = None,
-    machine: Annotated[str, typer.Option("--machine", help="Machine name or YAML file.")] = "rtx-4090",
+    machine: Annotated[str, typer.Option("--machine", help="Machine name, YAML file, or 'this'.")] = "rtx-4090",
     slots_per_layer: Annotated[
         int | None, typer.Option("--slots-per-layer", help="Expert slots per MoE layer.")
     ] = None,
@@ -25,6 +25,9 @@ def capacity(
     attainment: Annotated[float, typer.Option("--attainment", help="Share of requests that must keep all SLOs.")] = 0.9,
     burstiness: Annotated[float, typer.Option("--burstiness", help="Shape of the gaps; 1 is Poisson.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Sequences the server batches at once.")] = 256,
+    preemption: Annotated[
+        str, typer.Option("--preemption", help="none, or recompute: requests come in by the KV memory they need now.")
+    ] = "none",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change one choice, such as eviction.scope=global.")
     ] = None,
@@ -45,6 +48,7 @@ def capacity(
         expert_memory=None if expert_memory is None else parse_size(expert_memory, "--expert-memory"),
         burstiness=burstiness,
         max_num_seqs=max_num_seqs,
+        preemption=preemption,
         seed=seed,
         goodput=tuple(parse_slo(text) for text in goodput),
     )
@@ -59,6 +63,6 @@ def capacity(
         )
     else:
         text = f"not one request at a time keeps {slos} for {attainment:.0%}: {result['breaks_first']}"
-    emit(result, text, as_json, output)
+    emit(result, "\n".join([text, *(f"note: {note}" for note in result["notes"])]), as_json, output)
     if not result["rate"]:
         raise typer.Exit(UNMET)

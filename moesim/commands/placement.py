@@ -34,7 +34,7 @@ def export(
         str, typer.Option("--policy", "-p", help="System: EPLB, or llama.cpp for the last format.")
     ] = "EPLB",
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model; default: what the trace says.")] = None,
-    machine: Annotated[str, typer.Option("--machine", help="Machine name or YAML file.")] = "8xh200",
+    machine: Annotated[str, typer.Option("--machine", help="Machine name, YAML file, or 'this'.")] = "8xh200",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change one choice, such as parallel.placement=exact.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +19,17 @@ def plan(
     model: Annotated[str, typer.Option("--model", "-m", help="Model name, config.json or .gguf.")],
     machine: Annotated[
         str | None,
-        typer.Option("--machine", help="Machines or YAML files, separated by commas; default: rtx-4090."),
+        typer.Option("--machine", help="Machines, YAML files or 'this', separated by commas; default: rtx-4090."),
     ] = None,
     bits: Annotated[str, typer.Option("--bits", help="Bits per weight to consider, scales included.")] = "16,8.5,4.85",
     policies: Annotated[
         str, typer.Option("--policies", help="Systems to consider; default: those one can download.")
     ] = "",
     concurrency: Annotated[str, typer.Option("--max-concurrency", help="Requests at once to consider.")] = "1,8",
+    kv_share: Annotated[
+        str,
+        typer.Option("--kv-share", help="KV memory for this share of the requests at once; experts get the rest."),
+    ] = "1,0.5,0.25",
     random_input_len: Annotated[int, typer.Option("--random-input-len", help="Prompt tokens of each request.")] = 512,
     random_output_len: Annotated[int, typer.Option("--random-output-len", help="Output tokens of each request.")] = 64,
     goodput: Annotated[
@@ -71,12 +76,14 @@ def plan(
         load_system(policy)
     space = search.Space(
         _machines(machine, budget, prices), _numbers("--bits", bits, float), chosen,
-        _numbers("--max-concurrency", concurrency, int),
+        _numbers("--max-concurrency", concurrency, int), _numbers("--kv-share", kv_share, float),
     )  # fmt: skip
     asked = search.Asked(
         random_input_len, random_output_len, tuple(parse_slo(text) for text in goodput or ()), objective, budget, seed,
         workload, num_prompts,
     )  # fmt: skip
+    if max(space.kv_shares) > 1:
+        raise WorkloadError(f"--kv-share '{kv_share}': a share of the requests at once is at most 1")
     total = min(len(space.choices()), trials) + (trials if anew else 0)
     with progress("candidates", total) as advance:
         result = search.plan(known, space, asked, True, advance, trials, anew, study)
@@ -118,6 +125,7 @@ def _page(result: dict[str, Any]) -> str:
     else:
         lines += _best(result["best"])
     lines += ["", *_table(result), *_excluded(result["excluded"])]
+    lines += [f"note: {note}" for machine in result["machines"].values() for note in machine["notes"]]
     lines.append("routing is drawn, not recorded; quality at fewer bits is not modelled")
     return "\n".join(lines)
 
@@ -175,4 +183,6 @@ def _excluded(rows: list[dict[str, Any]]) -> list[str]:
 
 def way(row: dict[str, Any]) -> str:
     policy = " with ".join([row["policy"], *([", ".join(row["settings"])] if row["settings"] else [])])
-    return f"{policy} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once"
+    kept = math.ceil(row["kv_share"] * row["concurrency"])
+    memory = f", memory for {kept}" if row["kv_share"] < 1 else ""
+    return f"{policy} on {row['machine']}, {row['bits']:g} bits, {row['concurrency']} at once{memory}"

@@ -26,16 +26,18 @@ _ALL_TO_ALL = ("dispatch", "combine")  # of tokens to the GPUs that hold their e
 PREFERRED = "vllm"  # engine whose kernels are taken where a profile holds those of several
 
 
-def costs_of(machine: Machine, scale: str = "default", graph: bool = True, repacked: bool = True) -> Roofline:
+def costs_of(
+    machine: Machine, scale: str = "default", graph: bool = True, repacked: bool = True, native: bool = False
+) -> Roofline:
     """Costs of `machine` from its profile, or from its specification sheet where it has none.
 
-    graph: kernels are launched as CUDA graphs; repacked: as for `Roofline`.
+    graph: kernels are launched as CUDA graphs; repacked, native: as for `Roofline`.
     """
     if not machine.profile:
-        return Roofline(machine, scale, graph, repacked)
+        return Roofline(machine, scale, graph, repacked, native)
     from moesim.profile import read_profile
 
-    return Fitted(machine, read_profile(machine.profile), scale, graph, repacked)
+    return Fitted(machine, read_profile(machine.profile), scale, graph, repacked, native)
 
 
 class Fitted(Roofline):
@@ -45,9 +47,10 @@ class Fitted(Roofline):
     """
 
     def __init__(
-        self, machine: Machine, profile: Profile, scale: str = "default", graph: bool = True, repacked: bool = True
-    ) -> None:
-        super().__init__(machine, scale, graph, repacked)
+        self, machine: Machine, profile: Profile, scale: str = "default", graph: bool = True, repacked: bool = True,
+        native: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(machine, scale, graph, repacked, native)
         self.label = profile.label
         self.assumed: set[str] = _not_measured(profile)
         self.extrapolated: set[str] = set()
@@ -198,6 +201,10 @@ class Fitted(Roofline):
             return super().exchange(what, nbytes, devices)
         fewest = min(curve.variant[1] for curve in curves)
         return min(self._ask([curve], nbytes=nbytes) for curve in curves if curve.variant[1] == fewest)
+
+    def _network(self, nbytes: float) -> float:
+        self.assumed.add("exchanges between hosts")
+        return super()._network(nbytes)
 
     # Choosing and asking
 

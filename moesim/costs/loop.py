@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from moesim.model import Model
 
 # Beside its matrices an expert of transformers' Mixtral and Switch blocks launches about eight kernels: its tokens are
-# found (two), gathered, activated, multiplied, weighted, cast and scattered back.
-AROUND = 8
+# found (two), gathered, activated, multiplied, weighted, cast and scattered back. Those read and write rows as wide as
+# the model 7 times (gathering and weighting 2 each, adding to the output 3) and as wide as an expert 5 (activation 2,
+# product 3).
+AROUND, HIDDEN_MOVES, FFN_MOVES = 8, 7, 5
+TILE = 64  # tokens: tensor cores multiply whole tiles, of up to so many
 
 
 def active_seconds(costs: Roofline, model: Model, active: int, pairs: int, nbytes: float, bits: float) -> float:
@@ -34,5 +37,11 @@ def _loop(costs: Roofline, model: Model, active: int, pairs: int, nbytes: float,
     launching = costs.launches(AROUND + model.ffn_matrices)
     rows = math.ceil(pairs / active)
     moved = nbytes + 2 * rows * (2 * model.hidden + model.ffn_matrices * model.expert_ffn)
-    computing = costs.gemm(rows, model.expert_params, moved, bits, kernels=model.ffn_matrices)
+    around = costs.small(AROUND, 2 * rows * (HIDDEN_MOVES * model.hidden + FFN_MOVES * model.expert_ffn))
+    computing = costs.gemm(_whole_tiles(rows), model.expert_params, moved, bits, kernels=model.ffn_matrices) + around
     return active * max(launching, computing) + idle * launching
+
+
+def _whole_tiles(rows: int) -> int:
+    """`rows` as tensor cores multiply them: in one tile of a power of two, or in tiles of 64."""
+    return 1 << (rows - 1).bit_length() if rows < TILE else TILE * math.ceil(rows / TILE)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from moesim.model import Model
 
 
+SMALL_IN_LAYER = 5  # small kernels of a layer, which take `layer_us` together: LLMServingSim dense.csv
+
+
 class Attended(NamedTuple):
     """Shape of one attention kernel: `sequences`, each with `tokens` new tokens after `past` cached ones, of which each
     sees at most `window` if that is not 0; tokens 0 is decoding: one new token that sees `past`, itself included."""
@@ -36,13 +39,15 @@ class Roofline:
 
     scale: `low` and `high` take the pessimistic and optimistic end of every term: the band of a prediction that rests
     on specification sheets. graph: kernels are launched as CUDA graphs. repacked: weights of experts on the CPU lie as
-    its kernels want them, not as the file has them.
+    its kernels want them, not as the file has them. native: the engine is a compiled program, as llama.cpp is.
     """
 
     label = "specification-sheet"
     sparse_measured = False
 
-    def __init__(self, machine: Machine, scale: str = "default", graph: bool = True, repacked: bool = True) -> None:
+    def __init__(
+        self, machine: Machine, scale: str = "default", graph: bool = True, repacked: bool = True, native: bool = False
+    ) -> None:
         self.machine = machine
         self.terms = e = efficiencies(scale, machine.efficiencies)
         gpu, host, pcie = machine.gpu, machine.host, machine.pcie
@@ -50,6 +55,7 @@ class Roofline:
         self._flops = gpu.tflops * 1e12
         self._flops8 = (gpu.fp8_tflops or gpu.tflops) * 1e12
         self._plain = 1.0 if repacked else e.core_plain
+        self._step_s = (e.step_native_us if native else e.step_us) * 1e-6
         self._eager = 0.0 if graph else e.eager_us * 1e-6
         share = {"desktop": e.dram_desktop, "workstation": e.dram_workstation, "server": e.dram_server}
         numa = (e.numa_duplicated if host.numa_duplicated else e.numa_split) ** math.log2(host.sockets)
@@ -122,6 +128,10 @@ class Roofline:
         """A layer's small kernels, which move `nbytes` of activations, and its launch outside a CUDA graph."""
         return self._eager + self.terms.layer_us * 1e-6 + nbytes / (self._hbm * self.terms.hbm)
 
+    def small(self, kernels: int, nbytes: float) -> float:
+        """So many small kernels, which move `nbytes` of activations together, once launched."""
+        return kernels / SMALL_IN_LAYER * self.terms.layer_us * 1e-6 + nbytes / (self._hbm * self.terms.hbm)
+
     def launches(self, kernels: int) -> float:
         """The host launches so many kernels one by one, outside a CUDA graph."""
         return kernels * self.terms.launch_us * 1e-6
@@ -133,7 +143,7 @@ class Roofline:
     def step(self, sequences: int) -> float:
         """The host's work for one step, sampling for `sequences` sequences included."""
         sample = self.terms.sample_us * (0.9 + 0.1 * sequences) if sequences else 0.0
-        return (self.terms.step_us + sample) * 1e-6
+        return self._step_s + sample * 1e-6
 
     # The host and the links
 
@@ -141,8 +151,8 @@ class Roofline:
         """One expert on the CPU: reading it from DRAM or unpacking and multiplying it, whichever takes longer."""
         if not tokens:
             return 0.0
-        unpacked = self.terms.core_gweights * (self._plain if nbytes < 2 * params else 1.0)  # 16 bits are as they are
-        per_weight = 1 / unpacked + 2 * tokens / self._core_gflops
+        share = self._plain if nbytes < 2 * params else 1.0  # 16 bits are as they are
+        per_weight = (1 / self.terms.core_gweights + 2 * tokens / self._core_gflops) / share
         return 1e-9 * max(nbytes / self.host_gbps, params * per_weight / self._cores)
 
     def handoff(self) -> float:
@@ -173,6 +183,29 @@ class Roofline:
         moved = (2 if what == "all_reduce" else 1) * (devices - 1) / devices * nbytes
         gbps = gpu.nvlink_gbps * e.exchange if gpu.nvlink_gbps else self.copy_gbps * e.exchange_host
         return e.exchange_us * 1e-6 + moved / (gbps * 1e9)
+
+    def exchange_between_hosts(self, what: str, nbytes: float, devices: int, hosts: int) -> float:
+        """The same where the GPUs are spread evenly over `hosts`, joined by a network.
+
+        all_to_all sends to its own and to other hosts at the same time; the others reduce within each host before, or
+        gather within each after, what crosses the network, of which every GPU takes its share (as NCCL's trees and
+        DeepEP's kernels do).
+        """
+        own, outside = devices // hosts, (hosts - 1) / hosts * nbytes
+        if hosts == 1 or not nbytes:
+            return self.exchange(what, nbytes, devices)
+        if what == "all_reduce":
+            parts = ("reduce_scatter", "all_gather")
+            return sum(self.exchange_between_hosts(part, nbytes, devices, hosts) for part in parts)
+        within = self.exchange(what, nbytes, own)
+        if what in ("all_gather", "reduce_scatter"):
+            return within + self._network(outside / own)
+        return max(within, self._network(outside))
+
+    def _network(self, nbytes: float) -> float:
+        """From a GPU of one host to those of others."""
+        gbps = (self.machine.network_gbps or math.nan) * self.terms.network
+        return self.terms.network_us * 1e-6 + nbytes / (gbps * 1e9)
 
     # The ceiling
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import streamlit as st
 
 from moesim.dashboard.state import EXAMPLES, Asked, Files, from_query, to_query
 from moesim.errors import MoesimError
+from moesim.machine import THIS
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ def controls(files: Files) -> Asked:
 def _examples() -> None:
     with st.expander("Examples"):
         for name, example in EXAMPLES.items():
-            st.button(name, on_click=partial(_take, example), width="stretch")
+            st.button(name, on_click=partial(take, example), width="stretch")
 
 
-def _take(asked: Asked) -> None:
+def take(asked: Asked) -> None:
     """Make the controls show `asked`: they are drawn anew under other keys."""
     st.session_state["asked"], st.session_state["notes"] = asked, []
     st.session_state["drawn"] = st.session_state.get("drawn", 0) + 1
@@ -74,7 +77,8 @@ def _inputs(a: Asked, files: Files) -> Asked:
         placeholder=a.model, format_func=lambda m: m or ("the trace's" if trace else "gpt-oss-20b"),
         accept_new_options=True,
     )  # fmt: skip
-    machine = _choice("Machine", [*files.profiles(), *files.uploaded(".yaml"), *machines], a.machine, key("machine"))
+    known = [THIS, *files.profiles(), *files.uploaded(".yaml"), *machines]
+    machine = _choice("Machine", known, a.machine, key("machine"), {THIS: "this: where moesim runs"})
     policy = _choice("System", systems, a.policy, key("policy"))
     changes = st.text_input(
         "Changes to it", a.set, key=key("set"), placeholder="misses.rule=cheaper; predictor=transitions",
@@ -99,13 +103,23 @@ def _inputs(a: Asked, files: Files) -> Asked:
     tpot = right.number_input("TPOT SLO, ms", 0.001, value=a.tpot, placeholder="none", key=key("tpot"))
     seed = st.number_input("Seed", 0, value=a.seed, key=key("seed"))
     named = a.model if model is None else model
-    return Asked(trace, named, machine, policy, changes, slots, users, rate, prompts, *size, ttft, tpot, int(seed))
+    return replace(
+        a, trace=trace, model=named, machine=machine, policy=policy, set=changes, slots=slots, users=users, rate=rate,
+        prompts=prompts, input=size[0], output=size[1], ttft=ttft, tpot=tpot, seed=int(seed),
+    )  # fmt: skip
 
 
-def _choice(label: str, names: list[str], value: str, key: str) -> str:
-    """One of the names, or another that is typed."""
+def _choice(label: str, names: list[str], value: str, key: str, shown: Mapping[str, str] = MappingProxyType({})) -> str:
+    """One of the names, or another that is typed; shown: how some of them are."""
     names = names if value in names else [value, *names]
-    chosen: Any = st.selectbox(label, names, names.index(value), key=key, accept_new_options=True)
+    chosen: Any = st.selectbox(
+        label,
+        names,
+        names.index(value),
+        key=key,
+        accept_new_options=True,
+        format_func=lambda n: shown.get(n, n),
+    )
     return chosen or value
 
 
@@ -130,5 +144,5 @@ def _upload(files: Files) -> None:
         st.session_state["uploaded"] = given.file_id
         asked: Asked = st.session_state["asked"]
         part = {".parquet": "trace", ".json": "model"}.get(Path(name).suffix, "machine")
-        _take(replace(asked, **{part: name}))  # type: ignore[arg-type]
+        take(replace(asked, **{part: name}))  # type: ignore[arg-type]
         st.rerun()

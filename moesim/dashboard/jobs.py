@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim import __version__
+from moesim.machine import THIS
 
 KEPT = 50  # results; older ones go
 ANSWERED = (0, 3, 4)  # exit codes that come with a result: fine, infeasible, over a tolerance
@@ -60,7 +61,7 @@ class Job:
 
 def start(words: list[str], folder: Path, saved: bool = False) -> Job:
     """Run `moesim WORDS --json`, or find that it ran before. saved: with `-o`, so that records are kept too."""
-    key = hashlib.sha256(json.dumps([__version__, words, saved, _stamps(words)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([__version__, words, saved, stamps(words)]).encode()).hexdigest()[:16]
     job = Job(words, folder / key)
     if job.answer is not None:
         return job
@@ -80,10 +81,13 @@ def start(words: list[str], folder: Path, saved: bool = False) -> Job:
     return job
 
 
-def _stamps(words: list[str]) -> list[tuple[str, int, int]]:
-    """Files that are named: an answer about an older one is no answer."""
-    found = [(word, Path(word).stat()) for word in words if Path(word).is_file()]
-    return [(word, stat.st_size, stat.st_mtime_ns) for word, stat in found]
+def stamps(words: list[str]) -> list[tuple[str, int, int]]:
+    """Files that are named, and those of this machine's profiles where it is: an answer about older ones is none."""
+    paths = [word for word in words if Path(word).is_file()]
+    if any(THIS in word.split(",") for word in words):
+        paths += sorted(str(path) for pattern in ("meta.yaml", "*/meta.yaml") for path in Path().glob(pattern))
+    found = [(path, Path(path).stat()) for path in paths]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
 def _make_room(folder: Path) -> None:

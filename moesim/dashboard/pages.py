@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from moesim import plots
+from moesim import plots, published_report
 from moesim.commands.plan import way
-from moesim.dashboard.controls import Shared
-from moesim.dashboard.jobs import Job, start
-from moesim.dashboard.state import Asked, settings_of, to_query, words
+from moesim.dashboard.controls import Shared, take
+from moesim.dashboard.jobs import Job, stamps, start
+from moesim.dashboard.state import Asked, prices_of, settings_of, to_query, words
 from moesim.errors import MoesimError
+from moesim.machine import load_machine
 from moesim.model import load_model
 from moesim.output import to_json
 from moesim.plan.flags import flags
@@ -26,6 +27,7 @@ from moesim.question import Question, Scene, compose, estimate
 from moesim.run_report import figures, write_report
 from moesim.trace.assumed import distinct_routing
 from moesim.trace.io import read
+from moesim.units import format_size
 
 GOOD = ("FITS",)
 FAMILIAR = {"output_throughput": "tok/s", "mean_ttft_ms": "TTFT ms", "mean_tpot_ms": "TPOT ms", "hit_rate": "hit rate"}
@@ -111,6 +113,8 @@ def capacity() -> None:
     command = ["plan", *(str(word) for option in options.items() for word in option)]
     slos = (("ttft", given.asked.ttft), ("tpot", given.asked.tpot))
     command += [word for name, ms in slos if ms for word in ("--goodput", f"{name}:{ms:g}")]
+    if prices := given.files.prices(_prices(given, machines)):
+        command += ["--prices", str(prices)]
     found = _wait(_job("plan", command, given, pressed=True))
     if found is not None:
         _plan(found)
@@ -134,7 +138,11 @@ def timeline() -> None:
     listed = _wait(_job("profiles", ["profile", "list"], given))
     if listed is not None:
         st.dataframe(listed.get("profiles", listed), hide_index=True)
-    st.caption("Predictions beside published measurements: docs/accuracy.md, or `moesim validate published`.")
+    st.subheader("Predicted beside measured")
+    st.caption("Every published measurement that comes with moesim, predicted anew; docs/accuracy.md has them.")
+    found = _wait(_job("published", ["validate", "published"], given, pressed=True))
+    if found is not None:
+        _accuracy(found)
 
 
 # -- running commands ---------------------------------------------------------------------------------------------
@@ -154,11 +162,16 @@ def _job(name: str, command: list[str], given: Shared, saved: bool = False, pres
     job = jobs.get(name)
     if job is not None and job.words == command:
         return job
-    if pressed and not st.button("Run", key=f"run {name}", help=shlex.join(["moesim", *command])):
-        return None
+    if pressed:
+        left, right = st.columns([1, 5], vertical_alignment="center")
+        right.code(shlex.join(["moesim", *command]), language=None, wrap_lines=True)
+        if not left.button("Run", key=f"run {name}"):
+            return None
     if job is not None:
         job.cancel()
     jobs[name] = start(command, given.home / "results", saved)
+    if pressed:  # the button goes
+        st.rerun()
     return jobs[name]
 
 
@@ -197,9 +210,10 @@ def _watch(job: Job) -> None:
 def _estimate(given: Shared) -> None:
     """What is known at once, before anything is simulated."""
     try:
-        found = _known_at_once(given.asked, str(given.files.trace(given.asked.trace)) if given.asked.trace else "",
-                               given.files.known(given.asked.machine),
-                               given.files.known(given.asked.model) if given.asked.model else "")  # fmt: skip
+        trace = str(given.files.trace(given.asked.trace)) if given.asked.trace else ""
+        machine = given.files.known(given.asked.machine)
+        model = given.files.known(given.asked.model) if given.asked.model else ""
+        found = _known_at_once(given.asked, trace, machine, model, stamps([trace, machine, model]))
     except (MoesimError, FileNotFoundError) as error:
         st.error(str(error))
         return
@@ -208,13 +222,18 @@ def _estimate(given: Shared) -> None:
     bound = f" · at most {top:.4g} tok/s for one request" if top else ""
     show(f"**{found['status']}** {found['status_reason']}{bound}")
     st.plotly_chart(_memory(found["memory"]), key="memory")
+    if found.get("most_slots", 0) > 1:
+        _divider(given.asked, found)
     for engine, line in found["flags"].items():
         st.caption(f"To start {engine} so:")
         st.code(line, language="bash")
 
 
 @st.cache_data(max_entries=50)
-def _known_at_once(asked: Asked, trace: str, machine: str, model: str) -> dict[str, Any]:
+def _known_at_once(
+    asked: Asked, trace: str, machine: str, model: str, files: list[tuple[str, int, int]]
+) -> dict[str, Any]:
+    """files: as they were when this was asked."""
     question = Question(
         model=model or None, machine=machine, slots_per_layer=asked.slots, max_concurrency=asked.users,
         num_prompts=asked.prompts if trace else None,
@@ -231,6 +250,23 @@ def _known_at_once(asked: Asked, trace: str, machine: str, model: str) -> dict[s
     return estimate(routing, system, question) | {
         "flags": flags(system, scene, scene.model.expert_bits, True) if published else {}
     }
+
+
+def _divider(asked: Asked, found: dict[str, Any]) -> None:
+    """Moves GPU memory between KV caches and cached experts, as --slots-per-layer does."""
+    memory, key = found["memory"], f"divider {to_query(asked)}"
+    experts, kv = (format_size(memory[name]) for name in ("expert_bytes", "kv_bytes"))
+
+    def moved() -> None:
+        take(replace(asked, slots=st.session_state[key]))
+
+    now = min(max(memory["slots_per_layer"], 1), found["most_slots"])
+    st.slider(
+        f"Experts {experts}, {now} slots per layer | KV caches {kv}, for {found['at_once']} at once",
+        1, found["most_slots"], now, key=key, on_change=moved,
+    )  # fmt: skip
+    if asked.slots is not None:
+        st.button("As fits beside the KV caches of all requests", on_click=partial(take, replace(asked, slots=None)))
 
 
 def _memory(memory: dict[str, Any]) -> Any:
@@ -271,7 +307,7 @@ def _verdict(s: dict[str, Any]) -> None:
 
 def _pin(asked: Asked, summary: dict[str, Any]) -> None:
     """Keep this configuration as A, and show what another changes."""
-    if st.button("Pin as A", key="pin", help="Compare with what you choose next"):
+    if st.button("Pin as A, to compare with what you choose next", key="pin"):
         st.session_state["pinned"] = (asked, summary)
     if "pinned" not in st.session_state:
         return
@@ -346,6 +382,38 @@ def _tornado(given: Shared) -> None:
     )
 
 
+def _prices(given: Shared, machines: str) -> str:
+    """$ per hour of the machines named, moesim's own until others are entered."""
+    own, names = prices_of(given.asked.prices), {}
+    for name in filter(None, (part.strip() for part in machines.split(","))):
+        try:
+            machine = load_machine(given.files.known(name))
+        except (MoesimError, FileNotFoundError):  # the plan says it
+            continue
+        names[machine.name] = machine.usd_per_hour
+    columns = st.columns(max(len(names), 3))
+    for column, (name, shipped) in zip(columns, names.items(), strict=False):
+        price = column.number_input(
+            f"$ per hour, {name}", 0.001, value=own.get(name), key=f"price {name}",
+            placeholder="not known" if shipped is None else f"{shipped:g}",
+        )  # fmt: skip
+        own = {n: p for n, p in own.items() if n != name} | ({name: price} if price else {})
+    text = "; ".join(f"{name}={price:g}" for name, price in sorted(own.items()))
+    if own != prices_of(given.asked.prices):
+        st.session_state["asked"] = replace(given.asked, prices=text)
+        st.rerun()
+    return text
+
+
+def _accuracy(found: dict[str, Any]) -> None:
+    """The scatter of one metric, and signed errors where different things limit."""
+    drawn = published_report.figures(found)
+    metric = st.selectbox("Metric", list(drawn), key="metric")
+    st.plotly_chart(drawn[metric], key="accuracy")
+    scores = [{"regime": name} | score for name, score in found["regimes"].items()]
+    st.dataframe(scores, hide_index=True)
+
+
 def _plan(found: dict[str, Any]) -> None:
     best = found["best"]
     if best is None:
@@ -353,15 +421,15 @@ def _plan(found: dict[str, Any]) -> None:
     else:
         low, high = best["p10_p90"]
         st.success(
-            f"**{best['policy']} on {best['machine']}**, {best['bits']:g} bits, {best['concurrency']} at once: "
+            f"**{way(best)}**: "
             f"{best['output_throughput']:.4g} tok/s (P10 to P90: {low:.4g} to {high:.4g}); "
             f"limited by {best['limited_by']}"
         )
         for engine, line in best["flags"].items():
             st.code(f"# {engine}\n{line}", language="bash")
     st.plotly_chart(_front(found), key="front")
-    columns = ("machine", "bits", "policy", "concurrency", "output_throughput", "mean_ttft_ms", "mean_tpot_ms",
-               "usd_per_million_output_tokens", "keeps_slos")  # fmt: skip
+    columns = ("machine", "bits", "policy", "concurrency", "kv_share", "output_throughput", "mean_ttft_ms",
+               "mean_tpot_ms", "usd_per_million_output_tokens", "keeps_slos")  # fmt: skip
     st.dataframe([{name: row[name] for name in columns} for row in found["candidates"]], hide_index=True)
     with st.expander(f"{len(found['excluded'])} excluded, with reasons"):
         st.dataframe(found["excluded"], hide_index=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
 import re
 import shutil
@@ -9,8 +11,11 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+from moesim.files import write_text
 
 DRAWN = ""  # no trace: routing is drawn
 
@@ -32,6 +37,7 @@ class Asked:
     output: int = 64
     ttft: float | None = None
     tpot: float | None = None
+    prices: str = ""  # $ per hour by machine: `rtx-4090=0.5; l4=0.7`
     seed: int = 0
 
 
@@ -70,13 +76,17 @@ def from_query(query: Mapping[str, str]) -> tuple[Asked, list[str]]:
         try:
             if kind == "str":
                 values[f.name] = text
+                if f.name == "prices":
+                    prices_of(text)
                 continue
             number = int(text) if kind == "int" else float(text)
             if not _LEAST[f.name] <= number <= _MOST:
                 raise ValueError
             values[f.name] = number
         except ValueError:
-            notes.append(f"{f.name}={text} in the address is no {'whole ' if kind == 'int' else ''}number it can be")
+            values.pop(f.name, None)
+            what = {"int": "whole number", "float": "number", "str": "price"}[kind]
+            notes.append(f"{f.name}={text} in the address is no {what} it can be")
     return replace(Asked(), **values), notes
 
 
@@ -87,6 +97,17 @@ def to_query(asked: Asked) -> dict[str, str]:
     return {
         name: f"{value}" for name, value in changed.items() if value != getattr(default, name) and value is not None
     }
+
+
+def prices_of(text: str) -> dict[str, float]:
+    """$ per hour by machine. Raises ValueError."""
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, _, price = part.partition("=")
+        found[name.strip()] = float(price)
+        if not 0 < found[name.strip()] <= _MOST:
+            raise ValueError(part)
+    return found
 
 
 def settings_of(asked: Asked) -> list[str]:
@@ -107,6 +128,8 @@ def words(asked: Asked, files: Files, verb: str = "replay") -> list[str]:
         options |= {"--random-input-len": asked.input, "--random-output-len": asked.output}
     if verb in ("replay", "whatif", "capacity"):
         out += [word for setting in settings_of(asked) for word in ("--set", setting)]
+    if verb in ("replay", "whatif"):
+        options["--prices"] = files.prices(asked.prices)
     options["--seed"] = asked.seed or None
     for name, value in options.items():
         if value is not None:
@@ -148,6 +171,19 @@ class Files:
                 if folder is not None and (folder / name).is_file():
                     return _short(folder / name)
         raise FileNotFoundError(f"no trace is called '{name}'; choose one, or upload it again")
+
+    def prices(self, text: str) -> Path | None:
+        """A file that `--prices` takes, of what `prices_of` reads; None where that is nothing."""
+        if not prices_of(text):
+            return None
+        path = self._uploads / f"prices-{hashlib.sha256(text.encode()).hexdigest()[:12]}.csv"
+        if not path.is_file():
+            self._uploads.mkdir(parents=True, exist_ok=True)
+            table = io.StringIO()
+            rows = [(name, price, date.today(), "entered on the dashboard") for name, price in prices_of(text).items()]
+            csv.writer(table).writerows([("machine", "usd_per_hour", "date", "source"), *rows])
+            write_text(path, table.getvalue())
+        return path
 
     def known(self, name: str) -> str:
         """A model or machine: the path of an uploaded file, or a name of the catalogue as it is."""

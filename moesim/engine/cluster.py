@@ -204,10 +204,10 @@ class Cluster:
 
     def _routed(self, rows: I64) -> I64:
         """(token, expert) pairs of a pass: [layers, experts]."""
-        layers, experts = self._trace.layers, self._trace.info.experts
-        chosen = self._trace.experts[rows].astype(np.int64)
-        chosen += np.where(chosen < 0, layers * experts, experts * np.arange(layers)[:, None])
-        return np.bincount(chosen.ravel(), minlength=layers * experts)[: layers * experts].reshape(layers, experts)
+        from moesim.trace.choices import count_choices
+
+        counts: I64 = count_choices(self._trace.experts, rows, self._trace.info.experts)
+        return counts
 
     def _mixer(self, groups: Members) -> I64:
         """Attention and dense parts by layer, of the slowest GPU."""
@@ -271,8 +271,9 @@ class Cluster:
         key = what, nbytes
         cost = self._exchanged.get(key)
         if cost is None:
-            slowest = max(table.costs.exchange(what, nbytes, self._gpus) for table in self._distinct)
-            cost = self._exchanged[key] = ns(slowest)
+            hosts = self._table.machine.hosts
+            each = (table.costs.exchange_between_hosts(what, nbytes, self._gpus, hosts) for table in self._distinct)
+            cost = self._exchanged[key] = ns(max(each))
         return cost
 
     # Placement

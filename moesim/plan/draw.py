@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moesim import __version__
 from moesim.errors import MoesimError
 from moesim.output import to_json
-from moesim.plan.search import ATTAINED, Choice, Row, Search, Space
+from moesim.plan.search import ATTAINED, NAMED, Choice, Row, Search, Space
 from moesim.systems import load_system
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _try(study: Study, search: Search, space: Space, anew: bool) -> None:
 def _remember(search: Search, space: Space, row: Row) -> None:
     machine = next(machine for machine in space.machines if machine.name == row["machine"])
     row["settings"] = tuple(row["settings"])
-    search.remember(Choice(machine, row["bits"], row["policy"], row["concurrency"], row["settings"]), row)
+    search.remember(Choice(machine, *(row[name] for name in NAMED[1:])), row)
 
 
 def _choice(trial: Trial, space: Space, anew: bool) -> Choice:
@@ -110,8 +110,9 @@ def _choice(trial: Trial, space: Space, anew: bool) -> Choice:
     bits = _pick(trial, "bits", space.bits)
     policy = _pick(trial, "policy", space.policies)
     concurrency = _pick(trial, "concurrency", space.concurrency)
+    kv_share = _pick(trial, "kv_share", space.kv_shares)
     settings = _settings(trial, policy) if anew else ()
-    return Choice(machine, bits, policy, concurrency, settings)
+    return Choice(machine, bits, policy, concurrency, kv_share, settings)
 
 
 def _pick(trial: Trial, name: str, values: Sequence[Any]) -> Any:

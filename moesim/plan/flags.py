@@ -21,6 +21,8 @@ def as_it_fits(spec: str, system: System, scene: Scene) -> str:
     """`spec` with the number of layers or experts on the CPU that `scene` has to choose, so that a flag can say it."""
     if system.name == "EPLB" and scene.machine.gpus == 1:
         return "all-resident"
+    if system.name in ("llama.cpp", "KTransformers") and scene.machine.cpu_only:  # nowhere to divide experts between
+        return "all-resident"
     if system.name == "llama.cpp":
         on_cpu = sum(not kept for kept in _kept(system, scene))
         return f"llama.cpp(n_cpu_moe={on_cpu})" if on_cpu else spec
@@ -50,7 +52,11 @@ def _kept(system: System, scene: Scene) -> list[int]:
 def flags(system: System, scene: Scene, bits: float, published: bool) -> dict[str, str]:
     """Lines by engine; none where no released engine serves so. published: no weight is stored in fewer bits."""
     context = max(r.prompt_tokens + len(r.decode) + 1 for r in scene.workload.requests)
-    together, machine = scene.concurrency, scene.machine
+    together, machine = scene.at_once(system), scene.machine
+    if machine.cpu_only:
+        cores = machine.host.cores * machine.host.sockets
+        line = f"llama-server -m MODEL.gguf -t {cores} -np {together} -c {context * together}{UNTESTED}"
+        return dict.fromkeys(("llama.cpp", "ik_llama.cpp"), line) if system.all_resident else {}
     if isinstance(system.capacity, WholeLayers) or (system.all_resident and not published and machine.gpus == 1):
         return _llamacpp(system, scene, f"-np {together} -c {context * together}")
     if system.name == "KTransformers":

@@ -12,7 +12,7 @@ from typing import Any
 
 from moesim import __version__
 from moesim.errors import MoesimError
-from moesim.machine import load_machine
+from moesim.machine import Machine, load_machine
 from moesim.model import load_model
 from moesim.plan.spec import Point
 from moesim.policies.own import is_own
@@ -94,8 +94,8 @@ def _system(policy: str, settings: tuple[str, ...]) -> tuple[System | None, str]
         return None, str(error)
 
 
-def _machine_digest(name: str) -> str:
-    machine = load_machine(name)
+def _machine_digest(given: str | Machine) -> str:
+    machine = given if isinstance(given, Machine) else load_machine(given)
     folder = profile_path(machine.profile) if machine.profile else None
     files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder else []
     return _digest([machine.to_dict(), *(hashlib.sha256(f.read_bytes()).hexdigest() for f in files)])

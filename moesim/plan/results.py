@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesim.errors import SweepError
 from moesim.files import atomic
+from moesim.machine import Machine
 from moesim.output import to_json
 from moesim.plan.jobs import Job
 from moesim.plan.spec import ASKED
@@ -41,7 +42,7 @@ def schema() -> pa.Schema:
     """Columns of every part. `summary` is what `moesim replay --json` prints; "" where nothing was served."""
     import pyarrow as pa
 
-    kinds = {"int": pa.int64(), "float": pa.float64()}
+    kinds = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
     asked = [(name, kinds.get(kind.partition(" |")[0], pa.string())) for name, kind in ASKED.items()]
     numbers = [(name, pa.float64()) for name in (*_NUMBERS, *METRICS)]
     return pa.schema([*((name, pa.string()) for name in _TEXT[:-1]), *asked, *numbers, ("summary", pa.string())])
@@ -72,6 +73,8 @@ def failure(job: Job, status: str, reason: str) -> Row:
 def _given(job: Job) -> Row:
     point = job.point
     asked = {name: getattr(point.question, name) for name in ASKED}
+    if isinstance(asked["machine"], Machine):
+        asked["machine"] = asked["machine"].name
     paths = {"trace": str(point.trace), "workload": str(asked["workload"]) if asked["workload"] else None}
     return asked | paths | {"id": job.id, "policy": point.policy, "settings": ", ".join(point.settings)}
 

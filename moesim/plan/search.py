@@ -32,20 +32,27 @@ POLICIES = (
     "KTransformers(gpu_experts=1024, gpu_prefill=True)",
 )  # fmt: skip
 OBJECTIVES = {"throughput": "output_throughput", "latency": "mean_tpot_ms", "cost": "usd_per_million_output_tokens"}
+WORTHWHILE = 1.1  # times the memory for experts from which a division of it is a way of its own
 ATTAINED = 0.9  # share of requests that must keep the SLOs
 TRIALS = 200  # ways that are looked at one by one; of more, so many are drawn
 
+NAMED = "machine", "bits", "policy", "concurrency", "kv_share", "settings"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to serve the model."""
+    """One way to serve the model.
+
+    kv_share: of the requests at once, for how many GPU memory has room for KV caches while the others wait; cached
+    experts get the rest. 1: for all, and what the KV caches do not use is the experts' for as long.
+    """
 
     machine: Machine
     bits: float  # per weight, of experts and of the rest
     policy: str
     concurrency: int
+    kv_share: float = 1.0
     settings: tuple[str, ...] = ()  # `part.field=value` of a policy composed anew
 
     @property
@@ -60,6 +67,7 @@ class Space(NamedTuple):
     bits: Sequence[float]
     policies: Sequence[str]
     concurrency: Sequence[int]
+    kv_shares: Sequence[float] = (1.0,)
 
     def choices(self) -> list[Choice]:
         return [Choice(*values) for values in product(*self)]
@@ -93,6 +101,7 @@ class _Asking:
     def __init__(self, model: Model, asked: Asked) -> None:
         self.model, self.asked = model, asked
         self._traces: dict[int, Trace] = {}
+        self._divided: dict[Choice, Question] = {}
 
     def trace(self, choice: Choice) -> Trace:
         """Requests for two rounds, so that they overlap as they end; for a file, what its requests are joined from."""
@@ -105,6 +114,15 @@ class _Asking:
         return self._traces[key]
 
     def question(self, choice: Choice) -> Question:
+        if choice.kv_share == 1:
+            return self._undivided(choice)
+        if choice not in self._divided:
+            question = self._undivided(choice)
+            ledger = Scene(self.trace(choice), question).beside(choice.system, choice.kv_share)
+            self._divided[choice] = replace(question, expert_memory=ledger.expert_bytes if ledger else None)
+        return self._divided[choice]
+
+    def _undivided(self, choice: Choice) -> Question:
         asked, model = self.asked, self.model
         if not self.as_published(choice):
             model = model.with_precision(expert_bits=choice.bits, weight_bits=choice.bits)
@@ -203,7 +221,7 @@ def plan(
         _draw(search, space, trials, False, study)
     if composed:
         _draw(search, space._replace(policies=composed), trials, True, study)
-    return _answer(search)
+    return _answer(search, space.machines)
 
 
 def _draw(search: Search, space: Space, trials: int, anew: bool, study: Path | None) -> None:
@@ -212,7 +230,7 @@ def _draw(search: Search, space: Space, trials: int, anew: bool, study: Path | N
     draw(search, space, trials, anew, study)
 
 
-def _answer(search: Search) -> Row:
+def _answer(search: Search, machines: Sequence[Machine]) -> Row:
     asking, asked, found = search.asking, search.asking.asked, search.found
     found.sort(key=lambda row: _rank(row, asked))
     front = _pareto(found)
@@ -232,6 +250,7 @@ def _answer(search: Search) -> Row:
         )
     return {
         "model": asking.model.name,
+        "machines": {machine.name: {"summary": machine.summary, "notes": machine.notes} for machine in machines},
         "objective": asked.objective,
         "workload": _workload(asking),
         "slos_ms": dict(asked.goodput),
@@ -257,13 +276,26 @@ def _different(asking: _Asking, choices: Sequence[Choice]) -> list[Choice]:
 
 def _settled(asking: _Asking, choice: Choice) -> Choice:
     choice = replace(choice, bits=min(choice.bits, round(asking.model.expert_bits, 2)))
-    if choice.settings:
-        return choice
     try:
+        choice = _divided(asking, choice)
+        if choice.settings:
+            return choice
         policy = as_it_fits(choice.policy, load_system(choice.policy), asking.scene(choice))
     except MoesimError:  # said again, as a reason, when it is asked for its bound
         return choice
-    return replace(choice, policy=policy)
+    choice = replace(choice, policy=policy)
+    return choice if choice.system.cache else replace(choice, kv_share=1.0)
+
+
+def _divided(asking: _Asking, choice: Choice) -> Choice:
+    """The undivided choice where experts gain too little by it, or are not cached at all."""
+    if choice.kv_share == 1:
+        return choice
+    whole = replace(choice, kv_share=1.0)
+    scene = asking.scene(whole)
+    more = scene.beside(choice.system, choice.kv_share)
+    worthwhile = more is not None and more.expert_bytes >= WORTHWHILE * scene.ledger(choice.system).expert_bytes
+    return choice if worthwhile else whole
 
 
 def _named(choice: Choice) -> Row:
@@ -272,12 +304,13 @@ def _named(choice: Choice) -> Row:
         "bits": choice.bits,
         "policy": choice.policy,
         "concurrency": choice.concurrency,
+        "kv_share": choice.kv_share,
         "settings": choice.settings,
     }
 
 
 def _name_of(row: Row) -> Row:
-    return {name: row[name] for name in ("machine", "bits", "policy", "concurrency", "settings")}
+    return {name: row[name] for name in NAMED}
 
 
 # -- what cannot win ----------------------------------------------------------------------------------------------
@@ -396,6 +429,9 @@ def _simulated(asking: _Asking, choice: Choice) -> tuple[Row | None, str | None]
         "usd_per_million_output_tokens": m["usd_per_million_output_tokens"],
         "limited_by": summary["bottleneck"]["explanation"],
         "costs": summary["inputs"]["costs"],
+        "expert_bytes": summary["memory"]["expert_bytes"],
+        "kv_bytes": summary["memory"]["kv_bytes"],
+        "slots_per_layer": summary["memory"]["slots_per_layer"],
         "keeps_slos": m.get("slo_attainment", 1.0) >= ATTAINED,
         "slo_attainment": m.get("slo_attainment"),
     }, None
@@ -454,7 +490,7 @@ def _explained(asking: _Asking, choice: Choice) -> Row:
     ledger, under = scene.ledger(system), scene.under(system)
     top = ceiling(under.setting(system, ledger), hosted=system.misses.may_host)
     return {
-        "anchors": {name: anchor(scene, policy) for name, policy in ANCHORS.items()},
+        "anchors": {name: anchor(scene, policy, system.native) for name, policy in ANCHORS.items()},
         "ceiling": throughput_metrics(top)["output_throughput"],
         "memory": ledger.to_dict(),
         "notes": run(asking.trace(choice), system, asking.question(choice), anchors=False, shown=False).summary[

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import MoesimError, SweepError, nearest
+from moesim.machine import THIS, Machine, load_machine
 from moesim.question import Question
 from moesim.systems import System, split_specs
 from moesim.units import parse_size
@@ -21,7 +23,8 @@ ALIASES = {
     "system": "policy", "memory": "expert_memory", "batch": "max_concurrency", "precision": "expert_bits",
     "slo": "slo_ms",
 }  # fmt: skip
-ASKED = {f.name: str(f.type) for f in fields(Question) if f.name != "goodput"}  # what of a question may be an axis
+NO_AXES = ("goodput", "disaggregate")
+ASKED = {f.name: str(f.type) for f in fields(Question) if f.name not in NO_AXES}  # what of a question may be an axis
 CHANGED = [f.name for f in fields(System) if f.name not in ("name", "source", "quality", "notes")]
 
 
@@ -154,8 +157,21 @@ def _point(run: Mapping[str, Any], anchors: bool) -> Point:
     )
 
 
+@cache
+def _here() -> Machine:
+    """The machine that asks, wherever the points run; looked at once."""
+    return load_machine(THIS)
+
+
 def _text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _flag(text: str) -> bool:
+    """`true` or `false`; ValueError otherwise."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def _value(name: str, value: Any) -> Any:
@@ -168,12 +184,14 @@ def _value(name: str, value: Any) -> Any:
         raise SweepError(f"{name}: cannot be none; leave it out for the default")
     if name == "expert_memory":
         return parse_size(str(value), name)
-    readers = {"int": int, "float": float, "str": str, "Path": Path}
+    if name == "machine" and value == THIS:
+        return _here()
+    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "Path": Path, "bool": _flag}
     text = str(value)
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) != (kind == "bool") and not isinstance(value, str):
             raise ValueError
         return readers[kind](text)
     except ValueError:
-        what = {"int": "a whole number", "float": "a number"}[kind]
+        what = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
         raise SweepError(f"{name}: '{text}' must be {what}") from None

@@ -29,7 +29,8 @@ def hobbit(
         their way where that is quicker; prompts are computed on the GPU only.
     pair: precisions of the two copies. thresholds: (T1, T2), Mixtral's. ahead: layers the gates look ahead, 0 for no
         prefetch; accuracy: of each distance, Mixtral's. low_share: of the expert memory for low-precision copies
-        [not published]. w_*: the four terms of the eviction score; the paper fits them and does not publish them.
+        [not published]. w_*: the four terms of the eviction score; the paper fits them and does not publish them. Of
+        all weights in quarters, equal ones take the least time per token on drawn routing (docs/papers.md).
     """
     if variant not in ("plain", "cooperative"):
         raise PolicyError(f"HOBBIT variant '{variant}' must be plain or cooperative")

@@ -27,6 +27,7 @@ def llamacpp(n_cpu_moe: int = 0, op_offload: bool = True) -> System:
         misses=far if op_offload else Misses("host", keep=False),
         placement=Placement("hot", pinned=True),
         repacked=False,
+        native=True,
         source="github.com/ggml-org/llama.cpp, --n-cpu-moe and --override-tensor",
         notes=("copies of experts for steps of 32 tokens and more overlap with kernels; llama.cpp's do not",)
         if op_offload

@@ -65,6 +65,7 @@ class System:
     kernel: str = "grouped"  # what computes experts on the device
     graph: bool = True  # kernels are replayed as CUDA graphs, not launched one by one as transformers does
     repacked: bool = True  # weights of experts on the CPU lie as its kernels want them, not as the file has them
+    native: bool = False  # a compiled program drives the device, as llama.cpp does, not Python
     source: str = ""
     quality: Quality | None = None  # where outputs change: the accuracy its authors published
     notes: tuple[str, ...] = ()  # what a reader of the result must know

@@ -12,7 +12,9 @@ LRU curve, and transition makes the next layer predictable. Tokens see only what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -154,56 +156,32 @@ def _draw_block(
     Layer l of token t needs layer l of token t-1 and layer l-1 of token t only, so all (t, l) with the same t + l are
     drawn together, wave after wave over [layers, requests, experts].
     """
+    from moesim.trace.wave import draw_wave
+
     layers, requests, experts = taste.shape
     top_k, longest = model.info.top_k, int(block.length[0])
-    base = [model.popularity[phase][block.task].transpose(1, 0, 2) + taste for phase in (PREFILL, DECODE)]
+    base = np.stack([model.popularity[phase][block.task].transpose(1, 0, 2) + taste for phase in (PREFILL, DECODE)])
     recency = np.ascontiguousarray(model.recency[:, :, np.searchsorted(GAPS, np.arange(GAPS[-1] + 2))])
-    row_of_gaps = (block.task * layers + np.arange(layers)[:, None]) * recency.shape[2]  # [layers, requests]
     last_use = np.full((layers, requests, experts), _NEVER, dtype=np.int32)
     chosen = np.full((layers + 1, requests, top_k), experts)  # row l: by layer l-1; before layer 0: no expert
-    for wave in range(longest + layers - 1):
-        low, high = max(0, wave - longest + 1), min(layers, wave + 1)
-        layer = np.arange(low, high)
-        token = (wave - layer).astype(np.int32)
-        active = int(np.searchsorted(-block.length, -token[-1]))  # requests longer than the wave's earliest token
-        here = (slice(low, high), slice(0, active))
-        score = _by_phase(token[:, None] < block.prompt[:active], base[PREFILL][here], base[DECODE][here])
-        gap = np.minimum(token[:, None, None] - last_use[here], recency.shape[2] - 1)
-        score += np.take(recency, gap + row_of_gaps[here][:, :, None])
-        given = chosen[here] if below is None else _below(below, block.start[:active] + token[:, None], layer, experts)
-        for rank in range(top_k):
-            score += model.transition[layer[:, None], given[:, :, rank]]
-        picked = _plackett_luce(score, top_k, rng)
-        chosen[low + 1 : high + 1, :active] = picked
-        np.put_along_axis(last_use[here], picked, token[:, None, None], axis=2)
-        for index in range(high - low):
-            alive = int(np.searchsorted(-block.length, -token[index]))
-            out[block.start[:alive] + token[index], low + index] = picked[index, :alive]
-
-
-def _by_phase(in_prompt: NDArray[np.bool_], prefill: Weights, decode: Weights) -> Weights:
-    """A new array of the phase's log-weights; in_prompt [layers, requests]."""
-    if in_prompt.all() or not in_prompt.any():
-        return (prefill if in_prompt.any() else decode).copy()
-    return np.where(in_prompt[:, :, None], prefill, decode)
-
-
-def _below(ids: Ids, rows: Ints, layer: Ints, experts: int) -> Ints:
-    """Experts of `ids` at the layer before, [layers, requests, k]; rows past a request's end are never used."""
-    rows = np.minimum(rows, len(ids) - 1)
-    return np.where((layer > 0)[:, None, None], ids[rows, layer[:, None] - 1].astype(np.int64), experts)
-
-
-def _plackett_luce(log_weight: Weights, top_k: int, rng: np.random.Generator) -> Ints:
-    """k experts drawn one after the other without replacement, [layers, requests, k]; overwrites its input.
-
-    An exponential divided by the weight is an arrival time; who arrives first is drawn first (the Gumbel-max trick).
-    """
-    with np.errstate(divide="ignore"):
-        log_weight -= np.log(rng.standard_exponential(log_weight.shape, dtype=np.float32))
-    picked = np.empty((*log_weight.shape[:2], top_k), dtype=np.int64)
-    for rank in range(top_k):
-        best = log_weight.argmax(axis=2)
-        picked[:, :, rank] = best
-        np.put_along_axis(log_weight, best[:, :, None], -np.inf, axis=2)
-    return picked
+    given = np.empty((0, layers, top_k), dtype=np.int16) if below is None else below
+    rooms = np.empty((2, layers * requests * experts), dtype=np.float32)
+    with ThreadPoolExecutor(1) as beside:  # noise for the next wave is drawn while this one uses its own
+        drawn: Future[None] | None = None
+        for wave in range(longest + layers - 1):
+            low, high = max(0, wave - longest + 1), min(layers, wave + 1)
+            active = int(np.searchsorted(-block.length, high - 1 - wave))  # longer than the wave's earliest token
+            shape = (high - low, active, experts)
+            arrival = rooms[wave % 2, : math.prod(shape)].reshape(shape)
+            rng.standard_exponential(dtype=np.float32, out=arrival)
+            with np.errstate(divide="ignore"):
+                np.log(arrival, out=arrival)
+            fields = (block.task[:active], block.prompt[:active], block.length[:active], block.start[:active])
+            if drawn:
+                drawn.result()
+            drawn = beside.submit(
+                draw_wave, wave, low, high, fields, base, recency, model.transition, arrival, last_use, chosen, given,
+                out,
+            )  # fmt: skip
+        assert drawn is not None
+        drawn.result()

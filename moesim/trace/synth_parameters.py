@@ -209,12 +209,14 @@ def _reuse_and_recall(model: RoutingModel, batch: Batch, ids: Ids) -> Floats:
     """Next-token reuse and recall of the best guess from the layer below, [2, layers]; layer 0 has no such guess."""
     later = np.arange(len(ids)) - np.repeat(batch.start, batch.length) > 0
     task = np.repeat(batch.task, batch.length)
-    out = np.full((2, ids.shape[1]), np.nan)
+    k, out = ids.shape[2], np.full((2, ids.shape[1]), np.nan)
     for layer in range(ids.shape[1]):
         out[0, layer] = (token_gaps(ids[:, layer])[later] == 1).mean()
         if layer:
-            score = model.popularity[DECODE, task, layer] + model.transition[layer][ids[:, layer - 1]].sum(1)
-            out[1, layer] = recall(np.argsort(-score, axis=1)[:, : ids.shape[2]], ids[:, layer])
+            links = model.transition[layer]
+            pull = sum((links[ids[:, layer - 1, rank]] for rank in range(1, k)), links[ids[:, layer - 1, 0]])
+            score = model.popularity[DECODE, task, layer] + pull
+            out[1, layer] = recall(np.argpartition(-score, k - 1, axis=1)[:, :k], ids[:, layer])
     return out
 
 

@@ -34,19 +34,19 @@ def machine(name, memory_mib):
 
 
 def drawn(seed):
-    """A small space and what is asked of it."""
+    """A small space and what is asked of it; KV caches of long prompts take as much as an expert of every layer."""
     rng = random.Random(seed)
-    machines = [
-        machine(name, rng.choice([560, 580, 600, 4000])) for name in rng.sample(["l4", "a10", "rtx-4090", "h100"], 2)
-    ]
+    prompt, sizes = rng.choice([(4, [560, 580, 600, 4000]), (300, [557, 562, 568, 4000])])
+    machines = [machine(name, rng.choice(sizes)) for name in rng.sample(["l4", "a10", "rtx-4090", "h100"], 2)]
     if rng.random() < 0.3:  # so slow that some of the space is left out
         slow = replace(machines[1].gpu, hbm_gbps=rng.choice([0.1, 1.0, 5.0]))
         machines[1] = replace(machines[1], gpu=slow)
     policies = rng.sample([*POLICIES, "LRU", "Fiddler", "on-demand", "oracle", "MoE-Infinity"], 3)
     concurrency = sorted(rng.sample([1, 2, 3], 2))
-    choices = Space(machines, rng.sample([4.85, 8.5, 32.0], 2), policies, concurrency)
+    shares = [1.0, *rng.sample([0.6, 0.4, 0.2], rng.choice([1, 2]))]
+    choices = Space(machines, rng.sample([4.85, 8.5, 32.0], 2), policies, concurrency, shares)
     goodput = rng.choice([(), (("tpot", rng.choice([0.5, 1.0, 3.0])),), (("ttft", rng.choice([1.0, 5.0])),)])
-    return choices, Asked(4, 6, goodput, rng.choice(["throughput", "latency", "cost"]), seed=1)
+    return choices, Asked(prompt, 6, goodput, rng.choice(["throughput", "latency", "cost"]), seed=1)
 
 
 SIMULATED = {}
@@ -96,6 +96,50 @@ def test_no_candidate_exceeds_its_bound(seed, unexplained):
         bound = bounds[tuple(search._name_of(row).values())]
         assert row["output_throughput"] <= bound.throughput
         assert row["mean_tpot_ms"] >= bound.tpot_ms
+
+
+def test_some_of_the_spaces_divide_memory_otherwise():
+    """Or the two tests above would say nothing of it."""
+    drawn_choices = [(search._Asking(MODEL, drawn(seed)[1]), drawn(seed)[0].choices()) for seed in range(50)]
+    divided = [any(c.kv_share < 1 for c in search._different(*given)) for given in drawn_choices]
+    assert sum(divided) >= 10
+
+
+def tight(**kind):
+    """LRU with three long requests where their KV caches take half of what is left, or a third of that."""
+    choices = Space([machine("l4", 560)], [32.0], ["LRU"], [3], [1.0, 0.3])
+    return plan(MODEL, choices, Asked(300, 6, **kind), prune=False)
+
+
+def test_memory_for_fewer_requests_is_more_for_experts():
+    result = tight()
+    whole, divided = sorted(result["candidates"], key=lambda row: -row["kv_share"])
+    assert whole["slots_per_layer"] == 2 and divided["slots_per_layer"] == 5
+    assert divided["expert_bytes"] > whole["expert_bytes"] and divided["kv_bytes"] < whole["kv_bytes"]
+    assert divided["mean_tpot_ms"] < whole["mean_tpot_ms"]
+    # replay says the same of the division that the row names
+    trace = search._Asking(MODEL, Asked(300, 6)).trace(search.Choice(machine("l4", 560), 32.0, "LRU", 3))
+    question = Question(
+        model=MODEL, machine=machine("l4", 560), max_concurrency=3, expert_memory=divided["expert_bytes"]
+    )
+    same = run(trace, "LRU", question, anchors=False).summary["metrics"]
+    assert divided["output_throughput"] == same["output_throughput"]
+
+
+def test_a_division_that_gives_experts_little_more_is_none():
+    choices = Space([machine("l4", 4000)], [32.0], ["LRU", "on-demand", "all-resident"], [3], [1.0, 0.3])
+    result = plan(MODEL, choices, Asked(300, 6))
+    assert {row["kv_share"] for row in [*result["candidates"], *result["excluded"]]} == {1.0}
+
+
+def test_flags_are_for_the_requests_that_have_memory():
+    asking = search._Asking(MODEL, Asked(300, 6))
+    lines = []
+    for share in (1.0, 0.3):
+        (choice,) = search._different(asking, [search.Choice(machine("l4", 562), 32.0, "llama.cpp", 3, share)])
+        assert choice.kv_share == share
+        lines.append(flags(choice.system, asking.scene(choice), 32.0, True)["llama.cpp"])
+    assert "-np 3 -c 918 " in lines[0] and "-np 1 -c 306 " in lines[1]
 
 
 def test_a_cpu_that_is_faster_than_the_gpu_is_in_the_bound():
@@ -170,7 +214,7 @@ def test_the_best_comes_with_its_band_anchors_and_flags(concurrency):
 
 
 def test_the_next_best_and_whether_costs_may_turn_them_round():
-    alike = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "llama.cpp"], [1]), Asked(4, 6))
+    alike = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "static"], [1]), Asked(4, 6))
     assert alike["best"]["difference"] is None  # both are the same, so nothing is behind
     apart = plan(MODEL, Space([machine("l4", 4000)], [32.0], ["all-resident", "on-demand"], [1]), Asked(4, 6))
     gap = apart["best"]["difference"]
@@ -215,7 +259,7 @@ def test_eplb_on_one_gpu_is_all_resident_and_on_several_has_flags():
 
 def test_experts_kept_on_the_gpu_are_in_the_flags():
     policies = ["KTransformers", "KTransformers(gpu_experts=1024)", "llama.cpp"]
-    tight = machine("l4", 573)
+    tight = machine("l4", 560)
     asking = search._Asking(MODEL, Asked(4, 6))
     lines = {}
     for policy in policies:
@@ -293,5 +337,7 @@ def test_the_command():
     assert run.exit_code == 0 and {"candidates", "best", "excluded"} <= set(result)
     run = CliRunner().invoke(app, [*words, "--goodput", "tpot:0.000001"])
     assert run.exit_code == 3 and "nothing keeps the SLOs" in run.stdout
+    run = CliRunner().invoke(app, [*words, "--kv-share", "0.5,2"])
+    assert isinstance(run.exception, WorkloadError) and "at most 1" in str(run.exception)
     run = CliRunner().invoke(app, [*words, "--objective", "speed"])
     assert isinstance(run.exception, WorkloadError) and "unknown objective" in str(run.exception)

@@ -55,6 +55,8 @@ def test_axes_of_the_command_line_replace_those_of_the_file():
         ({"grid": {"evicton.scope": ["layer"]}}, "unknown key 'evicton.scope'; did you mean 'eviction'?"),
         ({"grid": {"seed": ["two"]}}, "seed: 'two' must be a whole number"),
         ({"grid": {"chunk": [True]}}, "chunk: 'True' must be a whole number"),
+        ({"grid": {"prefix_cache": ["maybe"]}}, "prefix_cache: 'maybe' must be true or false"),
+        ({"grid": {"prefix_cache": [1]}}, "prefix_cache: '1' must be true or false"),
         ({"grid": {"burstiness": ["x"]}}, "burstiness: 'x' must be a number"),
         ({"grid": {"seed": [None]}}, "seed: cannot be none"),
         ({"grid": {"memory": ["lots"]}}, "expert_memory 'lots': not a size"),

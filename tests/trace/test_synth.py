@@ -15,10 +15,11 @@ from moesim.errors import TraceError
 from moesim.model import load_model
 from moesim.trace import DECODE, PREFILL, Trace
 from moesim.trace.check import check
+from moesim.trace.choices import count_choices
 from moesim.trace.cut import cut
 from moesim.trace.importers import import_trace
 from moesim.trace.io import read, write
-from moesim.trace.routing_model import GAPS, RoutingModel
+from moesim.trace.routing_model import GAPS, Batch, RoutingModel, draw_ids
 from moesim.trace.stats import describe
 from moesim.trace.summary import compare
 from moesim.trace.synth import draw, fit, from_parameters, redraw
@@ -260,3 +261,39 @@ def test_contradictory_options_are_refused(arguments, message, tmp_path):
 def test_the_fitted_trace_is_not_overwritten(trace_file):
     with pytest.raises(TraceError, match="is the trace to fit itself"):
         run("synth", "--fit", trace_file, "-o", trace_file)
+
+
+def test_draws_follow_the_formula_wave_by_wave():
+    """The module's formula in plain numpy, one (layer, token) at a time, with the same random numbers: bit for bit."""
+    model = from_parameters(8, 2, 4, tasks=("a", "b"), seed=2)
+    layers, experts = model.popularity.shape[2:]
+    batch = Batch.of(np.array([1, 0, 1]), np.array([3, 0, 2]), np.array([5, 6, 0]))  # longest first
+    rng = np.random.default_rng(5)
+    taste = rng.standard_normal((layers, 3, experts), dtype=np.float32) * model.taste[:, None, None]
+    expected = np.zeros((int(batch.length.sum()), layers, 2), dtype=np.int16)
+    last_use = np.full((layers, 3, experts), -1000)
+    for wave in range(int(batch.length[0]) + layers - 1):
+        low, high = max(0, wave - int(batch.length[0]) + 1), min(layers, wave + 1)
+        active = int((batch.length > wave - high + 1).sum())
+        arrival = np.log(rng.standard_exponential((high - low, active, experts), dtype=np.float32))
+        for layer in range(low, high):
+            for r in np.flatnonzero(batch.length[:active] > wave - layer):
+                token, task = wave - layer, batch.task[r]
+                row = batch.start[r] + token
+                score = model.popularity[DECODE if token >= batch.prompt[r] else PREFILL, task, layer] + taste[layer, r]
+                score = score + model.recency[task, layer][np.searchsorted(GAPS, token - last_use[layer, r])]
+                for below in expected[row, layer - 1] if layer else [experts] * 2:
+                    score = score + model.transition[layer, below]
+                picked = np.argsort(arrival[layer - low, r] - score)[:2]
+                expected[row, layer], last_use[layer, r, picked] = picked, token
+    assert (draw_ids(model, batch, np.random.default_rng(5)) == expected).all()
+
+
+def test_choices_are_counted_by_layer():
+    rng = np.random.default_rng(0)
+    experts = rng.integers(-1, 6, size=(50, 3, 2)).astype(np.int16)
+    rows = rng.integers(50, size=70)
+    counts = count_choices(experts, rows, 6)
+    for layer in range(3):
+        chosen = experts[rows, layer]
+        assert (counts[layer] == np.bincount(chosen[chosen >= 0], minlength=6)).all()

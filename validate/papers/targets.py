@@ -174,12 +174,12 @@ SWEEP = ((256, 58.61), (512, 60.91), (1024, 77.87), (2048, 109.2), (4096, 252.02
 
 def sweep_error() -> float:
     """Mean error of the wave model over the sweep."""
-    found = [gemm_seconds(m, 4096, 1024, REFERENCE_TFLOPS) * 1e6 / us for m, us in SWEEP]
+    found = [gemm_seconds(m, 4096, 1024, REFERENCE_TFLOPS, samoyeds.BOX.gpu.hbm_gbps) * 1e6 / us for m, us in SWEEP]
     return float(np.mean(np.abs(np.array(found) - 1)))
 
 
 def samoyeds_targets() -> list[Target]:
-    rates = [m / gemm_seconds(m, 4096, 1024, REFERENCE_TFLOPS) for m, _ in SWEEP]
+    rates = [m / gemm_seconds(m, 4096, 1024, REFERENCE_TFLOPS, samoyeds.BOX.gpu.hbm_gbps) for m, _ in SWEEP]
     grows = rates[2] > 2 * rates[0] and max(rates[3:]) / min(rates[3:]) < FACTOR
     loses = {n: samoyeds.layer_seconds(n, "grouped") / samoyeds.layer_seconds(n, "samoyeds") for n in samoyeds.SHAPES}
     small = {name: loses[name] for name in ("Qwen2-MoE", "DeepSeek-MoE")}
