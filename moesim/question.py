@@ -259,8 +259,8 @@ class Scene:
         """Where every byte of GPU, host and drive goes under `system`.
 
         The KV cache is reserved for all sequences that may be in service; where that leaves no room for experts, or
-        less than was set aside for them, for as many as do, since the engine admits requests by KV memory. Of two pools it is the
-        tighter one's.
+        less than was set aside for them, for as many as do, since the engine admits requests by KV memory. Of two pools
+        it is the tighter one's.
         """
         if self.question.disaggregate:
             return min((pool.ledger(system) for pool in self.pools(system)), key=lambda ledger: ledger.gpu["free"])
