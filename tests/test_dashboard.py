@@ -413,7 +413,7 @@ def test_browser_first_page_controls_link_and_downloads(opened):
     slots.fill("4")
     slots.press("Enter")
     page.wait_for_function("location.search.includes('slots=4')")
-    page.get_by_text("--slots-per-layer 4").wait_for()
+    page.get_by_text("moesim replay").filter(has_text="--slots-per-layer 4").first.wait_for()
     with page.expect_download() as download:
         page.get_by_role("button", name="Summary (JSON)").click()
     summary = json.loads(download.value.path().read_text())
